@@ -1,0 +1,146 @@
+"""The run folder that every algorithm leaves: runs/<env>/<algo>/<stamp>/ with progress.csv, config.json, checkpoints, curves.png.
+
+Nothing here knows of any algorithm. Rows have fixed columns (absent values are empty), one per seed and event:
+
+    event   `eval`: `episodes` fresh episodes of the mean action; `train`: the stochastic training episodes that ended since
+            the row before; `rank`: Spearman correlations of Q and Qc with Monte-Carlo returns.
+    return, cost, length: means over those episodes, raw and undiscounted.
+"""
+
+import csv
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = (
+    "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
+    "reward_critic_loss cost_critic_loss actor_loss q qc entropy ood_weight "
+    "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
+    "cost_limit config_hash commit dataset_hash"
+).split()
+
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def commit() -> str:
+    """The repository's commit, with `+` if files differ from it; empty outside a checkout."""
+    git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def digest(config: dict) -> str:
+    """12 hex digits that name a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def save(path: Path, tree, meta: dict) -> None:
+    """Writes a pytree of arrays as safetensors (no code runs when it is opened), atomically, with `meta` as JSON in its header."""
+    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
+    arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    safetensors.numpy.save_file(arrays, temporary, {"meta": json.dumps(meta, default=str)})
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> tuple[dict, dict]:
+    """(nested dict of arrays, meta) of a file that `save` wrote; ValueError in one line if it is not one."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            meta = json.loads(file.metadata()["meta"])
+            flat = {k: file.get_tensor(k) for k in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this suite, or damaged ({error})") from None
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), meta
+
+
+def restore(template, tree: dict, source: str):
+    """`tree` (from `load`) in the structure of `template`; ValueError in one line if shapes or names differ."""
+    wanted = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(template), sep="/")
+    found = flax.traverse_util.flatten_dict(tree, sep="/")
+    odd = sorted(wanted.keys() ^ found.keys()) or [k for k in wanted if np.shape(wanted[k]) != np.shape(found[k])]
+    if odd:
+        raise ValueError(f"{source}: does not fit this configuration's networks ({len(odd)} arrays differ, first {odd[0]})")
+    return flax.serialization.from_state_dict(template, tree)
+
+
+class Logbook:
+    """One run of one algorithm over several seeds: collects rows, shows progress, writes the folder."""
+
+    def __init__(self, algo: str, env: str, config: dict, seeds: list[int], dataset: dict | None = None, folder: Path | None = None):
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.folder = folder or ROOT / "runs" / env / algo / f"{stamp}-{os.getpid()}"
+        self.folder.mkdir(parents=True)
+        self.seeds = seeds
+        packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
+        self.config = {
+            "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
+            "command": " ".join(sys.argv), "versions": {p: importlib.metadata.version(p) for p in packages},
+            "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
+        }  # fmt: skip
+        (self.folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str) + "\n")
+        self._constant = {
+            "env": env, "algo": algo, "cost_limit": config.get("cost_limit"), "config_hash": self.config["config_hash"],
+            "commit": self.config["commit"], "dataset_hash": (dataset or {}).get("sha256", "")[:12],
+        }  # fmt: skip
+        self._file = open(self.folder / "progress.csv", "w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self.rows: list[dict] = []
+        self._bar, self._latest = None, {}
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        """Starts a phase of `total` units on the progress bar (no bar where standard error is not a terminal)."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", unit_scale=True, disable=None, dynamic_ncols=True)
+
+    def advance(self, n: int) -> None:
+        self._bar.update(n)
+
+    def log(self, phase: str, event: str, **values) -> None:
+        """Appends one row per seed; values are scalars or arrays (seeds,). Rows with no episodes are left out."""
+        values = {k: np.broadcast_to(np.asarray(v), len(self.seeds)) for k, v in values.items()}
+        for i, seed in enumerate(self.seeds):
+            row = {k: v[i].item() for k, v in values.items()}
+            if row.get("episodes") == 0:
+                continue
+            row = {k: format(v, ".6g") if isinstance(v, float) else v for k, v in row.items() if v == v}
+            row = {**self._constant, "seed": seed, "phase": phase, "event": event, **row}
+            self._writer.writerow(row)
+            self.rows.append(row)
+        self._file.flush()
+        if event == "eval":
+            self._latest |= {"return": values["return"].mean(), "cost": values["cost"].mean()}
+        if "multiplier" in values:
+            self._latest["lambda"] = values["multiplier"].mean()
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._latest.items()})
+
+    def save(self, name: str, tree, meta: dict | None = None) -> Path:
+        """Writes `tree` to <folder>/<name>.safetensors."""
+        path = self.folder / f"{name}.safetensors"
+        save(path, tree, {**self._constant, "config": self.config["config"], **(meta or {})})
+        return path
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()

@@ -1,0 +1,1 @@
+"""Offline datasets: DSRL's HDF5 schema (dsrl.py)."""

@@ -1,0 +1,296 @@
+"""DSRL datasets: the HDF5 schema of Liu et al. 2023 (arXiv 2306.09303), checked on the way in and on the way out.
+
+A file holds seven flat arrays over N transitions in time order, trajectory after trajectory:
+
+    observations, next_observations  (N, obs)     task units, not normalised
+    actions                          (N, action)  within [-1, 1]
+    rewards, costs                   (N,)         per step, raw; costs >= 0
+    terminals, timeouts              (N,)         0/1; a trajectory ends on the row where either is set
+
+Every failure is one `DatasetError`: a single line with the file, what is wrong with it, and the mend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+# Rounding left over from rescaling is tolerated. More is refused rather than clipped here: it is another action space,
+# or an unsquashed policy's raw actions, as in some published BulletSafetyGym files (liuzuxin/DSRL issue 5).
+ACTION_TOLERANCE = 1e-3
+CHUNK_BYTES = 2**18  # whole rows per chunk: large enough to compress well, small enough to stay in HDF5's cache
+MAX_RATIO = 2000  # deflate tops out near 1030:1, so a file that declares more than this has a damaged header
+QUANTILES = (0, 10, 25, 50, 75, 90, 100)
+
+# What h5py raises on damaged or foreign content. Only blocks made of h5py calls are guarded with this, so that
+# the same types raised by a bug in this module still surface as themselves.
+_H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, SystemError)
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used; the message is one line: file, what is wrong, mend."""
+
+
+class Dataset(NamedTuple):
+    """N transitions as numpy arrays: the first five float32, the two flags bool."""
+
+    observations: np.ndarray  # (N, obs)
+    next_observations: np.ndarray  # (N, obs); the true successor, also on the last row of a trajectory
+    actions: np.ndarray  # (N, action), within [-1, 1]
+    rewards: np.ndarray  # (N,)
+    costs: np.ndarray  # (N,), >= 0
+    terminals: np.ndarray  # (N,) bool; the task ended: do not bootstrap
+    timeouts: np.ndarray  # (N,) bool; cut off by the time limit: bootstrap
+
+
+class Episodes(NamedTuple):
+    """The E trajectories of a dataset; trajectory i is rows start[i]:stop[i]."""
+
+    start: np.ndarray  # (E,) int64
+    stop: np.ndarray  # (E,) int64, exclusive
+    complete: np.ndarray  # (E,) bool; only the last can be False: the file stops in the middle of it
+    returns: np.ndarray  # (E,) float64; sum of raw rewards, undiscounted
+    costs: np.ndarray  # (E,) float64; sum of raw costs, undiscounted
+    lengths: np.ndarray  # (E,) int64, transitions
+
+
+_MATRICES = ("observations", "next_observations", "actions")
+_FLAGS = ("terminals", "timeouts")
+# Accepted numpy kinds (float, int, unsigned, bool). Costs are often 0/1 indicators, so integers are no loss there;
+# integer observations or actions are another task's encoding.
+_KINDS = {key: "f" if key in _MATRICES else "fiub" for key in Dataset._fields}
+
+
+def _error(path: Path, wrong: str, mend: str) -> DatasetError:
+    # File content (h5py messages, attributes, names) can hold line breaks; the promise is one line.
+    return DatasetError(" ".join(f"{path}: {wrong}; {mend}".splitlines()))
+
+
+@contextmanager
+def _h5py_errors(path: Path) -> Iterator[None]:
+    """Turns whatever h5py raises on bad content into a DatasetError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise _error(path, "permission denied", "make the file readable for this user") from error
+    except _H5PY_ERRORS as error:
+        wrong = f"not readable as HDF5 ({type(error).__name__}: {str(error)[:200]})"
+        raise _error(path, wrong, "the file is truncated, damaged or of another format: download it again") from error
+
+
+def _plain(value: Any) -> Any:
+    """An HDF5 attribute as something `json.dumps` takes."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _stored(value: Any) -> Any:
+    """A metadata value as an HDF5 attribute."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, (bool, int, float)):
+        return value
+    text = (value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()
+    # Fixed length: HDF5's variable-length strings lie outside its checksums, and damage there can hang the library.
+    return np.array(text, h5py.string_dtype("utf-8", max(1, len(text))))
+
+
+def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None, np.dtype]]) -> None:
+    """Checks keys, dtypes and shapes; needs no data, so nothing of a damaged file's claimed size is allocated."""
+    missing = [key for key in Dataset._fields if key not in layout]
+    if missing:
+        raise _error(path, f"missing {', '.join(missing)}", "add them as top-level arrays, or use a DSRL file")
+    for key, (shape, dtype) in layout.items():
+        matrix = key in _MATRICES
+        if dtype.kind not in _KINDS[key]:
+            raise _error(path, f"{key} have dtype {dtype}", f"store them as {'bool' if key in _FLAGS else 'float32'}")
+        # Some published files keep the 1-D columns as (N, 1). shape is None for HDF5's null dataspace.
+        if not shape or not (len(shape) == 2 and shape[1] > 0 if matrix else shape[1:] in ((), (1,))):
+            raise _error(path, f"{key} have shape {shape}", f"store them as {'(N, size >= 1)' if matrix else '(N,)'}")
+    lengths = {key: shape[0] for key, (shape, _) in layout.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        raise _error(path, f"lengths differ: {found}", "export the file again, one row per transition in each")
+    if not lengths["observations"]:
+        raise _error(path, "zero transitions", "collect the dataset again, or download it again")
+    sizes = [layout[key][0][1] for key in ("observations", "next_observations")]
+    if sizes[0] != sizes[1]:
+        wrong = f"observations have {sizes[0]} columns but next_observations {sizes[1]}"
+        raise _error(path, wrong, "export both from one task")
+
+
+def _clean(path: Path, arrays: Mapping[str, np.ndarray]) -> Dataset:
+    """Checks the values and converts to Dataset's shapes and dtypes."""
+    columns = {}
+    for key in Dataset._fields:
+        column = arrays[key] if key in _MATRICES else arrays[key].reshape(-1)
+        with np.errstate(all="ignore"):  # float64 beyond float32's range becomes inf, reported just below
+            number = column.astype(np.float32)
+        bad = ~np.isfinite(number)
+        if bad.any():
+            raise _error(path, f"{key} have NaN or inf (float32), first in row {_first(bad)}", "drop that trajectory")
+        if key in _FLAGS:
+            bad = (column != 0) & (column != 1)
+            if bad.any():
+                wrong = f"{key} hold {column[bad][0]} in row {_first(bad)}"
+                raise _error(path, wrong, "flags must be 0 or 1: set them so")
+            number = column.astype(bool)
+        columns[key] = number
+    actions, costs = columns["actions"], columns["costs"]
+    low, high = actions.min(), actions.max()
+    if low < -1 - ACTION_TOLERANCE or high > 1 + ACTION_TOLERANCE:
+        wrong = f"actions range over [{low:.6g}, {high:.6g}], beyond [-1, 1]"
+        raise _error(path, wrong, "rescale them, or clip them if the simulator clips, and save again")
+    if (costs < 0).any():
+        wrong = f"negative costs, first {costs[costs < 0][0]:.6g} in row {_first(costs < 0)}"
+        raise _error(path, wrong, "costs must be >= 0: fix the sign, or drop that trajectory")
+    return Dataset(**columns)
+
+
+def _first(bad: np.ndarray) -> int:
+    """Row of the first True."""
+    return int(bad.reshape(len(bad), -1).any(axis=1).argmax())
+
+
+def load(
+    path: str | os.PathLike, *, env: str | None = None, obs_size: int | None = None, action_size: int | None = None
+) -> tuple[Dataset, dict[str, Any]]:
+    """Reads and validates a DSRL file.
+
+    Args:
+      path: the HDF5 file. Floats of any width, bool, integer or float flags, and (N, 1) columns are accepted.
+      env: task the data must be of; compared with the file attribute `env` where the file has one.
+      obs_size, action_size: sizes of the task's spaces; None skips the check.
+
+    Returns:
+      The dataset (raw: nothing is normalised, scaled or clipped) and JSON-able metadata: the file's attributes
+      (nested ones as the JSON text that `save` wrote) plus `path` and `sha256`.
+
+    Raises:
+      DatasetError: missing or unreadable file; missing key; wrong dtype, shape or length; no transitions; NaN or
+        inf; flags other than 0/1; negative costs; actions beyond [-1, 1]; another task's sizes or `env`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise _error(path, f"no file at {path.absolute()}", "download it from DSRL, collect it, or correct the path")
+    # locking=False: published files sit on read-only and network mounts, and `save` replaces files whole.
+    with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
+        items = {key: file[key] for key in Dataset._fields if key in file}
+        layout = {key: (item.shape, item.dtype) for key, item in items.items() if isinstance(item, h5py.Dataset)}
+        attributes = {str(key): _plain(value) for key, value in file.attrs.items()}
+    _check_layout(path, layout)
+    if env is not None and attributes.get("env", env) != env:
+        raise _error(path, f"wrong task: collected on {attributes['env']}, wanted {env}", f"use a dataset of {env}")
+    for key, wanted in (("observations", obs_size), ("actions", action_size)):
+        size = layout[key][0][1]
+        if wanted is not None and size != wanted:
+            task = env or "the task"
+            wrong = f"wrong task: {key} have {size} columns, {task} has {wanted}"
+            raise _error(path, wrong, f"use a dataset of {task}")
+    declared = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in layout.values())
+    if declared > MAX_RATIO * path.stat().st_size:
+        wrong = f"declares {declared} bytes of arrays, more than the file can hold"
+        raise _error(path, wrong, "the file is damaged: download it again")
+    with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
+        arrays = {key: file[key][()] for key in Dataset._fields}
+    return _clean(path, arrays), attributes | {"path": str(path), "sha256": sha256(path)}
+
+
+def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) -> None:
+    """Writes a dataset, atomically and compressed; the same content always gives the same bytes.
+
+    Args:
+      path: where to; an existing file is replaced, folders are made.
+      dataset: N transitions; validated exactly as `load` does.
+      attrs: file attributes. str, int, float and bool are stored as they are, anything else as JSON text. `path`
+        and `sha256`, which `load` adds, are left out: a file cannot hold its own hash.
+
+    Raises:
+      DatasetError: the dataset would not load again; nothing is written.
+    """
+    path = Path(path)
+    arrays = {key: np.asarray(value) for key, value in dataset._asdict().items()}
+    _check_layout(path, {key: (value.shape, value.dtype) for key, value in arrays.items()})
+    dataset = _clean(path, arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same folder: os.replace stays on one file system
+    try:
+        # v110 (any HDF5 since 2016 reads it) checksums the metadata and fletcher32 the data, so that damage is refused.
+        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+            for key, value in dataset._asdict().items():
+                rows = max(1, CHUNK_BYTES // value[0].nbytes)
+                chunks = (min(rows, len(value)), *value.shape[1:])
+                options = {"compression": "gzip", "shuffle": True, "fletcher32": True, "track_times": False}
+                file.create_dataset(key, data=value, chunks=chunks, **options)
+            for key in sorted(attrs.keys() - {"path", "sha256"}):  # sorted: the order shows in the bytes
+                file.attrs[key] = _stored(attrs[key])
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes as 64 hex digits; raises DatasetError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _error(Path(path), f"cannot be read ({error})", "check that the file exists and is readable") from error
+
+
+def episodes(dataset: Dataset) -> Episodes:
+    """Splits a dataset into trajectories at terminals and timeouts; needs at least one transition."""
+    done = dataset.terminals | dataset.timeouts
+    stop = np.flatnonzero(done) + 1
+    if not done[-1]:
+        stop = np.append(stop, len(done))
+    start = np.append(0, stop[:-1])
+    # float64: float32 sums drift over long trajectories of small costs.
+    returns, costs = (np.add.reduceat(x.astype(np.float64), start) for x in (dataset.rewards, dataset.costs))
+    return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
+
+
+def describe(dataset: Dataset, cost_limit: float) -> dict[str, Any]:
+    """Summarises a dataset against a cost limit per trajectory; JSON-able.
+
+    Statistics are over complete trajectories: a cut-off one has lower sums than its policy earns and would pass for
+    safe. They are None where no trajectory qualifies. "Safe" means undiscounted cost <= cost_limit.
+
+    Returns:
+      transitions, trajectories, complete (counts); cost_limit; return_quantiles, cost_quantiles ({"0": minimum, ...,
+      "100": maximum}); safe_share (in [0, 1]); safe_return_best, safe_return_p90, safe_return_mean;
+      safe_return_range ([lowest, highest]).
+    """
+    split = episodes(dataset)
+    returns, costs = split.returns[split.complete], split.costs[split.complete]
+    safe = returns[costs <= cost_limit]
+
+    def quantiles(values: np.ndarray) -> dict[str, float] | None:
+        return {str(q): float(np.percentile(values, q)) for q in QUANTILES} if values.size else None
+
+    return {
+        "transitions": len(dataset.rewards),
+        "trajectories": len(split.start),
+        "complete": int(split.complete.sum()),
+        "cost_limit": float(cost_limit),
+        "return_quantiles": quantiles(returns),
+        "cost_quantiles": quantiles(costs),
+        "safe_share": safe.size / returns.size if returns.size else None,
+        "safe_return_best": float(safe.max()) if safe.size else None,
+        "safe_return_p90": float(np.percentile(safe, 90)) if safe.size else None,
+        "safe_return_mean": float(safe.mean()) if safe.size else None,
+        "safe_return_range": [float(safe.min()), float(safe.max())] if safe.size else None,
+    }

@@ -1,0 +1,141 @@
+"""The environment interface: a task (what to observe, reward and constrain) over a physics (how bodies move).
+
+An `Env` is a pair of pure functions on JAX arrays, usable under jit, scan and vmap, with any leading batch shape:
+
+    state, obs = env.reset(key)                # key (...,)           -> obs (..., obs_size)
+    state, transition = env.step(state, action)  # action (..., action_size)
+
+Episodes restart by themselves: `transition.next_obs` is the observation that the action led to (bootstrap from it),
+`transition.obs` is the one to act on next (the first of a new episode where the old one ended).
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Readings(NamedTuple):
+    """What a task may know of the physics at a state, float32, any leading shape."""
+
+    qpos: jax.Array  # (..., nq) generalised positions, m and rad
+    qvel: jax.Array  # (..., nv) generalised velocities, m/s and rad/s
+    dqpos: jax.Array  # (..., nq) change of qpos over the last environment step, differenced before rounding to float32
+    sensors: jax.Array  # (..., nsensordata) the model's sensors at this state
+
+
+class Physics(Protocol):
+    """Moves bodies. `state` is opaque to tasks; its leading shape is the batch's."""
+
+    def reset(self, qpos: jax.Array, qvel: jax.Array, where: jax.Array) -> tuple[Any, Readings]:
+        """The state at (qpos, qvel), at rest controls. Rows where `where` is False may be left undefined."""
+
+    def step(self, state: Any, control: jax.Array) -> tuple[Any, Readings]:
+        """Holds `control` (..., nu) for one environment step."""
+
+
+class Task:
+    """A task: subclass it, fill in the constants and the five methods (see run.py and velocity.py).
+
+    All methods but `model` are pure jnp and take any leading shape, except `initial`, which is for one key.
+    """
+
+    name: str
+    reference_id: str  # the id of the same task in Safety-Gymnasium
+    horizon: int  # T: steps until truncation
+    substeps: int  # physics steps per environment step
+    cost: str  # the cost in words, for listings
+    forward: bool = True  # the reference evaluates sensors at the new state after the substeps
+
+    def model(self):
+        """The compiled `mujoco.MjModel`."""
+        raise NotImplementedError
+
+    def initial(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A draw (qpos (nq,), qvel (nv,)) of the reset distribution."""
+        raise NotImplementedError
+
+    def observe(self, r: Readings) -> jax.Array:
+        """The observation (..., obs_size)."""
+        raise NotImplementedError
+
+    def evaluate(self, r: Readings, action: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(reward, cost, terminated) of the step that led to `r`; reward and cost raw, cost in {0, 1}."""
+        raise NotImplementedError
+
+    def privileged(self, r: Readings) -> jax.Array:
+        """(..., k) what the cost depends on but the observation lacks; for critics during data collection only."""
+        return r.qpos[..., :0]
+
+
+class EnvState(NamedTuple):
+    physics: Any
+    t: jax.Array  # (...,) int32, steps taken in the episode
+    key: jax.Array  # (...,) PRNG key for the coming resets
+
+
+class Transition(NamedTuple):
+    obs: jax.Array  # (..., obs_size) to act on next: after a reset where the episode ended
+    next_obs: jax.Array  # (..., obs_size) the outcome of the action, before any reset
+    reward: jax.Array  # (...,) raw
+    cost: jax.Array  # (...,) raw, 0 or 1
+    terminated: jax.Array  # (...,) bool: a terminal state, do not bootstrap
+    truncated: jax.Array  # (...,) bool: time is up, do bootstrap
+
+
+def batched(function, key: jax.Array):
+    """Applies `function`, written for one key, over all leading axes of `key`."""
+    for _ in range(key.ndim):
+        function = jax.vmap(function)
+    return function(key)
+
+
+class Env:
+    """A task on a physics. With `privileged=True` observations carry `task.privileged` behind their first
+    `obs_size` entries (for critics during data collection; policies must slice it off)."""
+
+    def __init__(self, task: Task, physics: Physics, backend: str, privileged: bool = False):
+        self.task, self.physics, self.backend = task, physics, backend
+        self.name, self.horizon = task.name, task.horizon
+        model = task.model()
+        self.action_low, self.action_high = model.actuator_ctrlrange.T.astype("float32")
+        self.action_size = int(model.nu)
+        self._privileged = privileged
+        shapes = Readings(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (model.nq, model.nv, model.nq, model.nsensordata)))
+        self.obs_size = jax.eval_shape(task.observe, shapes).shape[-1]
+        self.privileged_size = jax.eval_shape(task.privileged, shapes).shape[-1] if privileged else 0
+
+    def _observe(self, r: Readings) -> jax.Array:
+        obs = self.task.observe(r)
+        return jnp.concatenate([obs, self.task.privileged(r)], -1) if self._privileged else obs
+
+    def _start(self, key: jax.Array, where: jax.Array):
+        qpos, qvel = batched(self.task.initial, key)
+        physics, readings = self.physics.reset(qpos, qvel, where)
+        return physics, self._observe(readings)
+
+    def reset(self, key: jax.Array) -> tuple[EnvState, jax.Array]:
+        """Starts an episode per key: key (...,) typed, or (..., 2) raw uint32."""
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        first, later = jnp.moveaxis(batched(jax.random.split, key), -1, 0)
+        physics, obs = self._start(first, jnp.ones(key.shape, bool))
+        return EnvState(physics, jnp.zeros(key.shape, jnp.int32), later), obs
+
+    def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Transition]:
+        """One step; actions (..., action_size) outside the actuators' range are clipped to it."""
+        action = jnp.clip(action, self.action_low, self.action_high)
+        physics, readings = self.physics.step(state.physics, action)
+        reward, cost, terminated = self.task.evaluate(readings, action)
+        t = state.t + 1
+        truncated = t >= self.horizon
+        done = terminated | truncated
+        next_obs = self._observe(readings)
+
+        first, later = jnp.moveaxis(batched(jax.random.split, state.key), -1, 0)
+        fresh, fresh_obs = self._start(first, done)
+        pick = lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - done.ndim)), new, old)
+        state = EnvState(
+            jax.tree.map(pick, fresh, physics), jnp.where(done, 0, t), jnp.where(done, later, state.key)
+        )
+        return state, Transition(pick(fresh_obs, next_obs), next_obs, reward, cost, terminated, truncated)

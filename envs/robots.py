@@ -1,0 +1,127 @@
+"""Safety-Gymnasium's robots: their models, observations, starting poses and ways to die (safety_gymnasium 1.0.0, agents/)."""
+
+import importlib.util
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+
+from envs.core import Readings
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """A file of an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"{package} is not installed: run `make setup` or `pip install -r requirements.txt`")
+    return Path(spec.origin).parent.joinpath(*parts)
+
+
+def quaternion_matrix(q: jax.Array) -> jax.Array:
+    """Unit quaternions (..., 4), scalar first, to rotation matrices (..., 3, 3)."""
+    w, x, y, z = jnp.moveaxis(q, -1, 0)
+    rows = [
+        [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), w * w - x * x - y * y + z * z],
+    ]
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+
+
+class Robot:
+    """A robot whose first two coordinates are its position in the plane: `r.qpos[..., :2]`, `r.qvel[..., :2]`."""
+
+    xml: str
+    height: float  # z of the body at the start, m
+
+    @cached_property
+    def model(self) -> mujoco.MjModel:
+        return mujoco.MjModel.from_xml_path(str(package_file("safety_gymnasium", "assets", "xmls", self.xml)))
+
+    @cached_property
+    def _layout(self) -> list[tuple[str, np.ndarray]]:
+        """The observation's blocks in the reference's order (bases/base_agent.py): (kind, indices into the sensors)."""
+        model, blocks = self.model, {k: [] for k in ("plain", "hinge_vel", "ball_vel", "height", "spin", "hinge", "ball")}
+        sensor_type, joint_type = mujoco.mjtSensor, mujoco.mjtJoint
+        for i in range(model.nsensor):
+            name, kind = model.sensor(i).name, model.sensor_type[i]
+            index = np.arange(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i])
+            if name in ("accelerometer", "velocimeter", "gyro", "magnetometer"):
+                blocks["plain"].append(index)
+            elif name == "agent_pos":
+                blocks["height"].append(index[2:])
+            elif name == "agent_qvel":
+                blocks["spin"].append(index)
+            elif kind == sensor_type.mjSENS_BALLQUAT:
+                blocks["ball"].append(index)
+            elif kind == sensor_type.mjSENS_BALLANGVEL:
+                blocks["ball_vel"].append(index)
+            elif kind == sensor_type.mjSENS_JOINTPOS and model.jnt_type[model.sensor_objid[i]] == joint_type.mjJNT_HINGE:
+                blocks["hinge"].append(index)
+            elif kind == sensor_type.mjSENS_JOINTVEL:
+                blocks["hinge_vel"].append(index)
+        return [(kind, index) for kind, indices in blocks.items() for index in indices]
+
+    def observe(self, r: Readings) -> jax.Array:
+        """The sensor part of the observation; angles as (sin, cos), ball joints as rotation matrices."""
+        parts = []
+        for kind, index in self._layout:
+            value = r.sensors[..., index]
+            if kind == "hinge":
+                value = jnp.concatenate([jnp.sin(value), jnp.cos(value)], -1)
+            elif kind == "ball":
+                value = quaternion_matrix(value).reshape(*value.shape[:-1], 9)
+            parts.append(value)
+        return jnp.concatenate(parts, -1)
+
+    def pose(self, key: jax.Array, x: jax.Array, y: jax.Array, yaw: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(qpos (nq,), qvel (nv,)) at rest at (x, y) with heading yaw; `key` for what the robot itself randomises."""
+        zero = jnp.zeros_like(yaw)
+        base = jnp.stack([x, y, zero + self.height, jnp.cos(yaw / 2), zero, zero, jnp.sin(yaw / 2)])
+        return jnp.concatenate([base, self.joints(key)]), jnp.zeros(self.model.nv)
+
+    def joints(self, key: jax.Array) -> jax.Array:
+        """The coordinates after the free joint's."""
+        raise NotImplementedError
+
+    def dead(self, r: Readings) -> jax.Array:
+        """(...,) bool: the episode terminates."""
+        return jnp.zeros(r.qpos.shape[:-1], bool)
+
+
+class Point(Robot):
+    """A ball with a nose that slides and turns: actions are force and turning velocity."""
+
+    xml, height = "point.xml", 0.1
+
+    def pose(self, key, x, y, yaw):
+        # The reference turns the body's frame and leaves the joints at zero; slides along the world's axes with a turned
+        # hinge are the same mechanics (equal damping on both slides) and need no model of its own per episode.
+        return jnp.stack([x, y, yaw]), jnp.zeros(3)
+
+
+class Car(Robot):
+    """Two driven wheels and a free rolling ball at the rear."""
+
+    xml, height = "car.xml", 0.1
+
+    def joints(self, key):
+        return jnp.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+
+
+class Ant(Robot):
+    """Four legs with two motors each; dies when its torso comes down to 0.08 m."""
+
+    xml, height = "ant.xml", 0.18
+
+    def joints(self, key):
+        noise = jax.random.uniform(key, (8,), minval=-0.1, maxval=0.1)
+        hip_or_ankle = jnp.array([0.0, 1.0] * 4) * jnp.pi / 2
+        # The reference flips the sign of actuators 3 and 5, noise included.
+        return (hip_or_ankle + noise) * jnp.array([1, 1, 1, -1, 1, -1, 1, 1.0])
+
+    def dead(self, r):
+        return r.qpos[..., 2] <= 0.08

@@ -1,0 +1,43 @@
+"""Run: get as far down the corridor as possible and stay inside it (safety_gymnasium 1.0.0, tasks/safe_navigation/run)."""
+
+import jax
+import jax.numpy as jnp
+
+from envs.core import Task
+from envs.robots import Robot
+
+
+class Run(Task):
+    """Reward: 60 times the decrease of the distance to (0, -1000), per metre. Cost: 1 where |x| > 0.5 m."""
+
+    horizon, substeps = 500, 10
+    cost = "|x| > 0.5"
+    goal, per_metre, half_width = jnp.array([0.0, -1000.0]), 60.0, 0.5
+
+    def __init__(self, robot: Robot):
+        self.robot = robot
+        self.name = f"Safety{type(robot).__name__}Run"
+        self.reference_id = self.name + "0-v0"
+
+    def model(self):
+        return self.robot.model
+
+    def initial(self, key):
+        key_x, key_yaw, key_robot = jax.random.split(key, 3)
+        x = jax.random.uniform(key_x, minval=-0.2, maxval=0.2)
+        yaw = jax.random.uniform(key_yaw, maxval=2 * jnp.pi)
+        return self.robot.pose(key_robot, x, jnp.float32(16.5), yaw)
+
+    def observe(self, r):
+        return self.robot.observe(r)
+
+    def evaluate(self, r, action):
+        # |p - d - g| - |p - g| as a difference of squares: near 1,016 m float32 has no digits left for it.
+        to_goal, moved = r.qpos[..., :2] - self.goal, r.dqpos[..., :2]
+        distance, before = jnp.linalg.norm(to_goal, axis=-1), jnp.linalg.norm(to_goal - moved, axis=-1)
+        reward = -self.per_metre * jnp.sum(moved * (2 * to_goal - moved), -1) / (distance + before)
+        cost = (jnp.abs(r.qpos[..., 0]) > self.half_width).astype(jnp.float32)
+        return reward, cost, self.robot.dead(r)
+
+    def privileged(self, r):
+        return r.qpos[..., :1]
