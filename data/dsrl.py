@@ -228,13 +228,12 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same folder: os.replace stays on one file system
     try:
-        # v110 (any HDF5 since 2016 reads it) checksums the metadata and fletcher32 the data, so that damage is refused.
+        # v110 (any HDF5 since 2016 reads it) checksums the metadata, as gzip does the data: damage is refused.
         with h5py.File(part, "w", libver=("v110", "v110")) as file:
             for key, value in dataset._asdict().items():
                 rows = max(1, CHUNK_BYTES // value[0].nbytes)
                 chunks = (min(rows, len(value)), *value.shape[1:])
-                options = {"compression": "gzip", "shuffle": True, "fletcher32": True, "track_times": False}
-                file.create_dataset(key, data=value, chunks=chunks, **options)
+                file.create_dataset(key, data=value, chunks=chunks, compression="gzip", shuffle=True, track_times=False)
             for key in sorted(attrs.keys() - {"path", "sha256"}):  # sorted: the order shows in the bytes
                 file.attrs[key] = _stored(attrs[key])
         os.replace(part, path)
