@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
-    "reward_critic_loss cost_critic_loss actor_loss q qc entropy ood_weight "
+    "reward_critic_loss cost_critic_loss actor_loss q qc qc_ood ood_weight entropy "
     "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
     "cost_limit config_hash commit dataset_hash"
 ).split()
@@ -81,6 +81,18 @@ def restore(template, tree: dict, source: str):
     return flax.serialization.from_state_dict(template, tree)
 
 
+def offline_path(env: str, algo: str, recipe: dict, seed: int) -> Path:
+    """Where the offline checkpoint of a seed lies; `recipe` is all that it depends on."""
+    return ROOT / "runs" / env / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
+
+
+def load_seeds(paths: list[Path], template):
+    """The trees of one checkpoint per seed, stacked to the shape of `template` (leaves (seeds, ...))."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), template)
+    trees = [restore(one, load(path)[0], str(path)) for path in paths]
+    return jax.tree.map(lambda *x: jax.numpy.stack(x), *trees)
+
+
 class Logbook:
     """One run of one algorithm over several seeds: collects rows, shows progress, writes the folder."""
 
@@ -115,6 +127,10 @@ class Logbook:
     def advance(self, n: int) -> None:
         self._bar.update(n)
 
+    def _write(self, row: dict) -> None:
+        self._writer.writerow(row)
+        self.rows.append(row)
+
     def log(self, phase: str, event: str, **values) -> None:
         """Appends one row per seed; values are scalars or arrays (seeds,). Rows with no episodes are left out."""
         values = {k: np.broadcast_to(np.asarray(v), len(self.seeds)) for k, v in values.items()}
@@ -124,8 +140,7 @@ class Logbook:
                 continue
             row = {k: format(v, ".6g") if isinstance(v, float) else v for k, v in row.items() if v == v}
             row = {**self._constant, "seed": seed, "phase": phase, "event": event, **row}
-            self._writer.writerow(row)
-            self.rows.append(row)
+            self._write(row)
         self._file.flush()
         if event == "eval":
             self._latest |= {"return": values["return"].mean(), "cost": values["cost"].mean()}
@@ -134,11 +149,20 @@ class Logbook:
         if self._bar is not None:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._latest.items()})
 
-    def save(self, name: str, tree, meta: dict | None = None) -> Path:
-        """Writes `tree` to <folder>/<name>.safetensors."""
-        path = self.folder / f"{name}.safetensors"
-        save(path, tree, {**self._constant, "config": self.config["config"], **(meta or {})})
-        return path
+    def repeat(self, checkpoints: list[Path]) -> None:
+        """Writes the rows that were logged when `checkpoints` (one per seed) were made, as if they had just been made."""
+        for seed, path in zip(self.seeds, checkpoints):
+            for row in load(path)[1]["rows"]:
+                self._write({**self._constant, "seed": seed, **row})
+        tqdm.write(f"offline phase: from {checkpoints[0].parent}", file=sys.stderr) if sys.stderr.isatty() else None
+
+    def save_seeds(self, paths: list[Path], tree, meta: dict | None = None) -> None:
+        """Writes one file per seed: leaf [i] of every leaf (seeds, ...) of `tree`, with the rows logged so far for that seed."""
+        own = set(COLUMNS) - {*self._constant, "seed"}
+        for i, (seed, path) in enumerate(zip(self.seeds, paths)):
+            rows = [{k: v for k, v in row.items() if k in own} for row in self.rows if row["seed"] == seed]
+            about = {**self._constant, "seed": seed, "config": self.config["config"], "rows": rows, **(meta or {})}
+            save(path, jax.tree.map(lambda x: np.asarray(x[i]), tree), about)
 
     def close(self) -> None:
         if self._bar is not None:

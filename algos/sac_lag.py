@@ -22,7 +22,7 @@ never twice on the same costs; (3) --privileged-critic shows the critics what th
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -90,8 +90,8 @@ class Args:
     privileged_critic: bool = False
     """let the critics see what the cost depends on but the observation lacks (data collection only)"""
 
-    lagrangian: Literal["dual", "pid", "apid"] = "apid"
-    """dual: integral term only; pid: fixed gains; apid: gains adapt to the recent costs (Marvel)"""
+    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
+    """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
     episodes_per_iter: int = 5
     """episodes per update of the multiplier (Marvel: 5)"""
     kp: float = 0.005
@@ -140,36 +140,59 @@ class Actor(nn.Module):
 
 
 class Learner(NamedTuple):
-    """Everything that gradient steps change."""
+    """Everything that gradient steps change. `params` and `optimizers` have one entry per optimiser."""
 
-    actor: Any
-    critics: dict  # {"reward": ..., "cost": ...}
-    targets: dict  # the same, moving averages
-    log_alpha: jax.Array
+    params: dict
+    targets: dict  # moving averages of params["critics"] = {"reward": ..., "cost": ...}
     optimizers: dict
 
 
-def build(args: Args, env: envs.Env):
-    """The modules and optimisers of a configuration."""
-    adam = lambda rate: optax.adam(rate)
+class Fixed(NamedTuple):
+    """What is decided before any program is compiled."""
+
+    args: Args
+    env: envs.Env
+    networks: dict
+    optimizers: dict
+
+
+def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
+    """Networks of a configuration and one Adam per entry of `rates`."""
     networks = {
         "actor": Actor(args.hidden, env.action_size),
         "reward": Ensemble(args.num_critics, args.hidden),
         "cost": Ensemble(1, args.hidden),
     }
-    optimizers = {"actor": adam(args.actor_lr), "critics": adam(args.critic_lr), "log_alpha": adam(args.temperature_lr)}
-    return networks, optimizers
+    return Fixed(args, env, networks, {name: optax.adam(rate) for name, rate in rates.items()})
 
 
-def init_learner(key, args: Args, env: envs.Env, networks, optimizers) -> Learner:
+def init_params(key, fixed: Fixed) -> dict:
     keys = jax.random.split(key, 3)
-    obs, action = jnp.zeros(env.obs_size), jnp.zeros(env.action_size)
-    seen = jnp.zeros(env.obs_size + env.privileged_size)
-    actor = networks["actor"].init(keys[0], obs)
-    critics = {"reward": networks["reward"].init(keys[1], seen, action), "cost": networks["cost"].init(keys[2], seen, action)}
-    log_alpha = jnp.log(args.init_temperature)
-    states = {"actor": actor, "critics": critics, "log_alpha": log_alpha}
-    return Learner(actor, critics, critics, log_alpha, {k: optimizers[k].init(v) for k, v in states.items()})
+    obs, action = jnp.zeros(fixed.env.obs_size), jnp.zeros(fixed.env.action_size)
+    seen = jnp.zeros(fixed.env.obs_size + fixed.env.privileged_size)
+    init = lambda name, key, *inputs: fixed.networks[name].init(key, *inputs)
+    return {
+        "actor": init("actor", keys[0], obs),
+        "critics": {"reward": init("reward", keys[1], seen, action), "cost": init("cost", keys[2], seen, action)},
+        "log_alpha": jnp.log(jnp.float32(fixed.args.init_temperature)),
+    }
+
+
+def start_phase(params: dict, fixed: Fixed) -> Learner:
+    """A learner with fresh optimiser states, its targets equal to its critics."""
+    return Learner(params, params["critics"], {k: opt.init(params[k]) for k, opt in fixed.optimizers.items()})
+
+
+def descend(learner: Learner, fixed: Fixed, name: str, gradient) -> Learner:
+    """One optimiser step of params[name]."""
+    update, state = fixed.optimizers[name].update(gradient, learner.optimizers[name])
+    params = learner.params | {name: optax.apply_updates(learner.params[name], update)}
+    return Learner(params, learner.targets, learner.optimizers | {name: state})
+
+
+def follow(learner: Learner, fixed: Fixed) -> Learner:
+    """Moves the targets towards the critics."""
+    return learner._replace(targets=optax.incremental_update(learner.params["critics"], learner.targets, fixed.args.tau))
 
 
 # ---------------------------------------------------------------- maths
@@ -196,10 +219,10 @@ class Multiplier(NamedTuple):
 
 
 def init_multiplier(args: Args) -> Multiplier:
-    gains = jnp.array([0.0, args.ki, 0.0] if args.lagrangian == "dual" else [args.kp, args.ki, args.kd])
-    start = jnp.float32(args.init_multiplier)
-    nothing = jnp.full
-    return Multiplier(start, start, jnp.nan, nothing(args.pid_delay + 1, jnp.nan), nothing(args.gain_window, jnp.nan), gains)
+    scale = {"dual": (0.0, 1.0, 0.0), "pid10": (10.0, 10.0, 10.0)}.get(args.lagrangian, (1.0, 1.0, 1.0))
+    gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
+    start, unknown = jnp.float32(args.init_multiplier), jnp.float32(jnp.nan)
+    return Multiplier(start, start, unknown, jnp.full(args.pid_delay + 1, unknown), jnp.full(args.gain_window, unknown), gains)
 
 
 def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
@@ -228,11 +251,12 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     return Multiplier(value, integral, error_ema, cost_emas, costs, gains)
 
 
-def critic_loss(critics, actor, targets, alpha, batch, key, networks, args: Args, obs_size: int):
-    """Soft Bellman errors of both critics, bootstrapping through time-outs."""
-    mean, log_std = networks["actor"].apply(actor, batch.next_obs[..., :obs_size])
-    action, log_prob = sample_action(key, mean, log_std)
-    next_q = jnp.min(networks["reward"].apply(targets["reward"], batch.next_obs, action), 0) - alpha * log_prob
+def critic_loss(critics, params: dict, targets, batch, key, fixed: Fixed):
+    """Soft Bellman errors of both critics under the policy."""
+    args, networks = fixed.args, fixed.networks
+    action, log_prob = sample_action(key, *networks["actor"].apply(params["actor"], batch.next_obs[..., : fixed.env.obs_size]))
+    entropy_bonus = -jnp.exp(params["log_alpha"]) * log_prob
+    next_q = jnp.min(networks["reward"].apply(targets["reward"], batch.next_obs, action), 0) + entropy_bonus
     next_qc = networks["cost"].apply(targets["cost"], batch.next_obs, action)[0]
     alive = args.gamma * (1.0 - batch.terminated)
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
@@ -244,13 +268,13 @@ def critic_loss(critics, actor, targets, alpha, batch, key, networks, args: Args
     return reward_loss + cost_loss, info
 
 
-def actor_loss(actor, critics, alpha, multiplier, batch, key, networks, obs_size: int):
+def actor_loss(actor, params: dict, multiplier, batch, key, fixed: Fixed):
     """-(min_i Q_i - lambda Qc - alpha log pi) of the policy's own actions."""
-    mean, log_std = networks["actor"].apply(actor, batch.obs[..., :obs_size])
-    action, log_prob = sample_action(key, mean, log_std)
-    q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
-    qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
-    loss = jnp.mean(alpha * log_prob - q + multiplier * qc)
+    networks = fixed.networks
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs[..., : fixed.env.obs_size]))
+    q = jnp.min(networks["reward"].apply(params["critics"]["reward"], batch.obs, action), 0)
+    qc = networks["cost"].apply(params["critics"]["cost"], batch.obs, action)[0]
+    loss = jnp.mean(jnp.exp(params["log_alpha"]) * log_prob - q + multiplier * qc)
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
@@ -282,6 +306,12 @@ def insert(replay: Replay, new: Batch) -> Replay:
     start = replay.inserted % capacity
     write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 0)
     return Replay(jax.tree.map(write, replay.data, new), replay.inserted + new.reward.shape[0])
+
+
+def sample(key, data: Batch, n: int, filled) -> Batch:
+    """n of the first `filled` transitions, uniformly, with replacement."""
+    rows = jax.random.randint(key, (n,), 0, filled)
+    return jax.tree.map(lambda x: x[rows], data)
 
 
 class Episodes(NamedTuple):
@@ -345,37 +375,32 @@ def evaluate(policy, key, env: envs.Env, episodes: int) -> Episodes:
     return Episodes(jnp.float32(episodes), *sums)
 
 
-# ---------------------------------------------------------------- online phase
+# ---------------------------------------------------------------- one gradient step
 
 
-def online_step(learner: Learner, multiplier, batch: Batch, key, networks, optimizers, args: Args, obs_size: int):
-    """One gradient step of critics, actor and temperature."""
+def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
+    """SAC-Lagrangian: both critics, actor, temperature."""
     key_critic, key_actor = jax.random.split(key)
-    alpha = jnp.exp(learner.log_alpha)
-    states, updated = dict(learner.optimizers), {}
-
-    def descend(name, gradient, parameters):
-        update, states[name] = optimizers[name].update(gradient, states[name])
-        return optax.apply_updates(parameters, update)
-
     gradient, info = jax.grad(critic_loss, has_aux=True)(
-        learner.critics, learner.actor, learner.targets, alpha, batch, key_critic, networks, args, obs_size
+        learner.params["critics"], learner.params, learner.targets, batch, key_critic, fixed
     )
-    critics = descend("critics", gradient, learner.critics)
+    learner = descend(learner, fixed, "critics", gradient)
     gradient, actor_info = jax.grad(actor_loss, has_aux=True)(
-        learner.actor, critics, alpha, multiplier, batch, key_actor, networks, obs_size
+        learner.params["actor"], learner.params, multiplier, batch, key_actor, fixed
     )
-    actor = descend("actor", gradient, learner.actor)
-    target_entropy = args.entropy_per_action * batch.action.shape[-1]
-    gradient = jax.grad(temperature_loss)(learner.log_alpha, actor_info["entropy"], target_entropy)
-    log_alpha = descend("log_alpha", gradient, learner.log_alpha)
-    targets = optax.incremental_update(critics, learner.targets, args.tau)
-    return Learner(actor, critics, targets, log_alpha, states), {**info, **actor_info}
+    learner = descend(learner, fixed, "actor", gradient)
+    target_entropy = fixed.args.entropy_per_action * fixed.env.action_size
+    gradient = jax.grad(temperature_loss)(learner.params["log_alpha"], actor_info["entropy"], target_entropy)
+    learner = descend(learner, fixed, "log_alpha", gradient)
+    return follow(learner, fixed), {**info, **actor_info}
 
 
-def learn(learner: Learner, multiplier: Multiplier, replay: Replay, new: Batch, pending: Episodes, ended: Episodes, key, **fixed):
+# ---------------------------------------------------------------- one block
+
+
+def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episodes, new: Batch, ended: Episodes, key, fixed: Fixed):
     """Inserts what was collected, moves the multiplier if enough episodes have ended, takes `updates_per_block` steps."""
-    args = fixed["args"]
+    args = fixed.args
     replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
     pending = jax.tree.map(jnp.add, pending, ended)
     due = pending.number >= args.episodes_per_iter
@@ -384,13 +409,11 @@ def learn(learner: Learner, multiplier: Multiplier, replay: Replay, new: Batch, 
     pending = jax.tree.map(lambda x: jnp.where(due, 0.0, x), pending)
     filled = jnp.minimum(replay.inserted, replay.data.reward.shape[0])
 
-    def step(learner, key):
+    def one(learner, key):
         key_batch, key_step = jax.random.split(key)
-        rows = jax.random.randint(key_batch, (args.batch_size,), 0, filled)
-        batch = jax.tree.map(lambda x: x[rows], replay.data)
-        return online_step(learner, multiplier.value, batch, key_step, **fixed)
+        return online_step(learner, multiplier.value, sample(key_batch, replay.data, args.batch_size, filled), key_step, fixed)
 
-    learner, info = jax.lax.scan(step, learner, jax.random.split(key, args.updates_per_block))
+    learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_block))
     return learner, multiplier, replay, pending, jax.tree.map(jnp.mean, info)
 
 
@@ -400,61 +423,56 @@ def learn(learner: Learner, multiplier: Multiplier, replay: Replay, new: Batch, 
 def main(args: Args) -> Path:
     env = envs.make(args.env, args.backend, privileged=args.privileged_critic)
     evaluation_env = envs.make(args.env, args.backend)
+    args = replace(args, env=env.name)
     seeds = list(range(args.seed, args.seed + args.seeds))
     log = Logbook("sac_lag", env.name, asdict(args), seeds)
 
-    networks, optimizers = build(args, env)
-    act = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
-    mean_action = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
-    per_block = args.num_envs * args.steps_per_block
-    capacity = args.buffer_size // per_block * per_block
-
-    def start(key):
-        keys = jax.random.split(key, 2)
-        learner = init_learner(keys[0], args, env, networks, optimizers)
-        seen, zero = jnp.zeros(env.obs_size + env.privileged_size), jnp.float32(0)
-        empty = Batch(seen, jnp.zeros(env.action_size), zero, zero, seen, zero)
-        replay = Replay(jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape)), empty), jnp.int32(0))
-        return learner, replay, init_actors(keys[1], env, args.num_envs)
-
-    over_seeds = lambda f, **options: jax.jit(jax.vmap(f), **options)
-    run_collect = over_seeds(
-        lambda learner, actors, key: collect(actors, partial(act, learner.actor), key, env, args.steps_per_block)
-    )
-    run_learn = over_seeds(
-        partial(learn, networks=networks, optimizers=optimizers, args=args, obs_size=env.obs_size), donate_argnums=(0, 2)
-    )
-    run_evaluate = over_seeds(
-        lambda learner, key: evaluate(partial(mean_action, learner.actor), key, evaluation_env, args.eval_episodes).means()
-    )
-
+    over_seeds = lambda f, in_axes=0, **options: jax.jit(jax.vmap(f, in_axes), **options)
     root = jax.vmap(jax.random.key)(jnp.array(seeds))
-    key_for = jax.jit(jax.vmap(lambda key, purpose, block: jax.random.fold_in(jax.random.fold_in(key, purpose), block), (0, None, None)))
-    learner, replay, actors = over_seeds(start)(key_for(root, 0, 0))
-    multiplier = jax.tree.map(lambda x: jnp.broadcast_to(x, (args.seeds, *jnp.shape(x))), init_multiplier(args))
+    fold = over_seeds(lambda key, phase, n: jax.random.fold_in(jax.random.fold_in(key, phase), n), (0, None, None))
+    key_for = lambda phase, n=0: fold(root, {"init": 0, "online": 3, "collect": 4, "eval": 5}[phase], n)
+
+    online = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
+    networks = online.networks
+    policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
+    mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
+    run_evaluate = over_seeds(
+        lambda actor, key: evaluate(partial(mean_policy, actor), key, evaluation_env, args.eval_episodes).means()
+    )
+
+    learner = over_seeds(lambda key: start_phase(init_params(key, online), online))(key_for("init"))
+    per_block = args.num_envs * args.steps_per_block
+    capacity = max(1, args.buffer_size // per_block) * per_block
+    zeros = lambda *shape: jnp.zeros((args.seeds, capacity, *shape))
+    seen = env.obs_size + env.privileged_size
+    replay = Replay(Batch(zeros(seen), zeros(env.action_size), zeros(), zeros(), zeros(seen), zeros()), jnp.zeros(args.seeds, jnp.int32))
+    actors = over_seeds(lambda key: init_actors(key, env, args.num_envs))(key_for("collect"))
+    multiplier = jax.tree.map(lambda x: jnp.broadcast_to(x, (args.seeds, *x.shape)), init_multiplier(args))
     pending = Episodes(*jnp.zeros((4, args.seeds)))
+    run_collect = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, args.steps_per_block))
+    run_learn = over_seeds(partial(learn_online, fixed=online), donate_argnums=(0, 2))
 
     blocks = args.env_steps // per_block
     evaluate_at = set(np.linspace(0, blocks, args.evals + 1).round().astype(int))
     log.phase("online", blocks * per_block, "steps")
     for block in range(blocks + 1):
         steps = {"gradient_steps": block * args.updates_per_block, "env_steps": block * per_block}
+        if block:
+            actors, new, ended = run_collect(learner.params["actor"], actors, key_for("collect", block))
+            learner, multiplier, replay, pending, info = run_learn(
+                learner, multiplier, replay, pending, new, ended, key_for("online", block)
+            )
+            kp, ki, kd = multiplier.gains.T
+            log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+            log.advance(per_block)
         if block in evaluate_at:
-            log.log("online", "eval", **steps, **run_evaluate(learner, key_for(root, 1, block)), multiplier=multiplier.value)
+            found = run_evaluate(learner.params["actor"], key_for("eval", block))
+            log.log("online", "eval", **steps, **found, multiplier=multiplier.value)
             if args.snapshots:
-                log.save(f"actor-{steps['env_steps']:08d}", jax.device_get(learner.actor), log.rows[-1])
-        if block == blocks:
-            break
-        actors, new, ended = run_collect(learner, actors, key_for(root, 2, block))
-        learner, multiplier, replay, pending, info = run_learn(
-            learner, multiplier, replay, new, pending, ended, key_for(root, 3, block)
-        )
-        kp, ki, kd = multiplier.gains.T
-        steps = {"gradient_steps": (block + 1) * args.updates_per_block, "env_steps": (block + 1) * per_block}
-        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
-        log.advance(per_block)
+                names = [f"snapshot-seed{seed}-{block * per_block:08d}.safetensors" for seed in seeds]
+                log.save_seeds([log.folder / name for name in names], {"actor": learner.params["actor"]})
 
-    log.save("final", jax.device_get(learner._asdict()))
+    log.save_seeds([log.folder / f"checkpoint-seed{seed}.safetensors" for seed in seeds], learner.params)
     log.close()
     return log.folder
 

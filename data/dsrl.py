@@ -165,6 +165,11 @@ def _first(bad: np.ndarray) -> int:
     return int(bad.reshape(len(bad), -1).any(axis=1).argmax())
 
 
+def default_path(env: str) -> Path:
+    """The dataset that comes with the repository for a task; `python -m data.collect --env ENV` makes it anew."""
+    return Path(__file__).parent / f"{env}.hdf5"
+
+
 def load(
     path: str | os.PathLike, *, env: str | None = None, obs_size: int | None = None, action_size: int | None = None
 ) -> tuple[Dataset, dict[str, Any]]:

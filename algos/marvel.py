@@ -1,0 +1,786 @@
+"""Marvel: offline CPQ -> value pre-alignment (VPA) -> online SAC-Lagrangian with an adaptive PID multiplier.
+
+Sources: Marvel (Chen, Wei, Deng, Lin; arXiv 2412.04426), CPQ (Xu, Zhan, Zhu; arXiv 2107.09003), PID-Lagrangian (Stooke, Achiam,
+Abbeel; arXiv 2007.03964), SAC (arXiv 1812.05905). One offline checkpoint per seed is made by phase 1 and reused by every run
+whose offline configuration and dataset match; phases 2 and 3 start from it.
+
+    phase, equation                                                                           function
+    1  VAE: |a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I))                             vae_loss
+       OOD actions: the quarter of a ~ pi(.|s) with the largest KL                             ood_actions
+       y_r = r + gamma (1-term.) 1[Qc'(s',a') <= q_thres] min_i Q'_i(s',a')                    cpq_critic_loss
+       y_c = c + gamma (1-term.) Qc'(s',a');  loss -= alpha (E_ood Qc - qc_thres)              cpq_critic_loss
+       alpha >= 0 (dual): ascends alpha (qc_thres - E_ood Qc)                                  dual_loss
+       maximise 1[Qc(s,a) <= q_thres] min_i Q_i(s,a)                                           cpq_actor_loss
+       q_thres = d (1-gamma^T)/(1-gamma)/T,  qc_thres = 1.5 q_thres                            thresholds
+    2  y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha_r h), a' ~ pi_0, h = -log pi_0     critic_loss
+       y_c = c + gamma (1-term.) (Qc'(s',a') + alpha_c h); pi_0 frozen                         critic_loss
+    3  the same critics with alpha_r = entropy weight, alpha_c = 0                             critic_loss
+       maximise min_i Q_i(s,a) - lambda Qc(s,a) + entropy weight * h(s,a)                      actor_loss
+       e = J_c - d;  I <- max(0, I + Ki e);  lambda = max(0, Kp EMA(e) + I + Kd D)             update_multiplier
+       Kp *= 1 + a tanh((m-d)/d);  Ki *= 1 + b (m-d)/d;  Kd *= 1 + c s/d                       update_multiplier
+
+Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
+outweighs lambda / reward_scale of raw reward.
+
+Deviations, P from the paper, R from the released code:
+ 1 (R) VPA's entropy terms are per sample, not the batch mean of the log-probability (a constant cannot rank actions).
+ 2 (R) The OOD penalty has a gradient: it goes through the online cost critic (OSRL's CPQ takes the target's, without one).
+ 3 (P, R) The OOD penalty is estimated on `ood_states` of the batch's states, and only the quarter that counts goes through the
+   cost critic: the same expectation for a fraction of the work.
+ 4 (R) One multiplier update per batch of newly ended episodes; tanh on Kp as in the paper; divisions by d; gains within 10x.
+ 5 (R) Time-outs bootstrap; only terminal states stop. Optimisers start afresh in every phase, at that phase's rates.
+ 6 (R) One setting for all tasks, no per-task overrides.
+ 7 (P, R) symlog observations and LayerNorm critics.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import envs
+from algos import logbook
+from algos.critics import Ensemble, symlog
+from algos.logbook import Logbook
+from data import dsrl
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "SafetyAntRun"
+    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    seed: int = 0
+    """first seed"""
+    seeds: int = 1
+    """number of seeds, vmapped in one program"""
+    cost_limit: float = 20.0
+    """d, undiscounted cost per episode (Marvel: 20)"""
+    dataset: Path | None = None
+    """DSRL-format HDF5 file (default: the task's own in data/)"""
+    backend: str | None = None
+    """physics backend (default: the fastest here)"""
+
+    gamma: float = 0.99
+    """discount of all critics"""
+    tau: float = 0.005
+    """rate of the target critics' moving average"""
+    hidden: tuple[int, ...] = (256, 256)
+    """hidden layers of actor and critics"""
+    num_critics: int = 2
+    """reward critics; the minimum counts"""
+    reward_scale: float = 0.1
+    """factor on rewards before the critics see them (OSRL: 0.1)"""
+
+    offline_steps: int = 20_000
+    """phase 1: CPQ gradient steps (OSRL: 100,000)"""
+    offline_batch_size: int = 256
+    """phase 1: transitions per gradient step (OSRL: 512)"""
+    offline_actor_lr: float = 3e-4
+    """phase 1: Adam step size of the actor (OSRL: 1e-4)"""
+    offline_critic_lr: float = 1e-3
+    """phase 1: Adam step size of critics and VAE (OSRL: 1e-3)"""
+    dual_lr: float = 1e-3
+    """phase 1: Adam step size of log alpha of the OOD constraint (OSRL: 1e-4)"""
+    vae_hidden: tuple[int, ...] = (400, 400)
+    """phase 1: hidden layers of the VAE's encoder and decoder (OSRL: 400)"""
+    vae_beta: float = 0.5
+    """phase 1: weight of the KL divergence (OSRL: 0.5)"""
+    ood_actions: int = 10
+    """phase 1: policy actions per state among which the out-of-distribution quarter is found (OSRL: 10)"""
+    ood_states: int = 64
+    """phase 1: states of the batch that those actions are drawn for"""
+
+    vpa_steps: int = 10_000
+    """phase 2: gradient steps (release: 20,000); 0 leaves phase 2 out"""
+    vpa_batch_size: int = 256
+    """phase 2: transitions per gradient step (release: 64)"""
+    vpa_lr: float = 1e-3
+    """phase 2: Adam step size of both critics"""
+    vpa_alpha_reward: float = 0.002
+    """phase 2: alpha_r, scaled reward per nat; 0 with alpha_c = 0: plain fitted Q evaluation"""
+    vpa_alpha_cost: float = 0.001
+    """phase 2: alpha_c < alpha_r, cost per nat"""
+    critics: Literal["pretrained", "fresh"] = "pretrained"
+    """phase 2: critics to start from (fresh: a control)"""
+
+    iterations: int = 100
+    """phase 3: rounds of episodes and gradient steps"""
+    episodes_per_iter: int = 5
+    """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
+    updates_per_iter: int = 200
+    """phase 3: gradient steps per iteration (release: 20)"""
+    batch_size: int = 256
+    """phase 3: transitions per gradient step (release: 64)"""
+    buffer_size: int = 1_000_000
+    """phase 3: replay capacity, transitions"""
+    actor_lr: float = 1e-4
+    """phase 3: Adam step size of the actor"""
+    critic_lr: float = 5e-4
+    """phase 3: Adam step size of both critics"""
+    entropy_weight: float = 0.001
+    """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
+    replay: Literal["online", "mixed"] = "online"
+    """phase 3: batches from online transitions, or half of each from the dataset"""
+
+    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
+    """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
+    kp: float = 0.005
+    """initial proportional gain, lambda per unit of episode cost"""
+    ki: float = 0.001
+    """initial integral gain, per multiplier update"""
+    kd: float = 0.005
+    """initial derivative gain"""
+    init_multiplier: float = 0.0
+    """lambda at the start (the integral's initial value)"""
+    max_multiplier: float = 10.0
+    """upper bound of the integral and of lambda"""
+    pid_decay: float = 0.8
+    """decay of the moving averages of error and cost"""
+    pid_delay: int = 5
+    """multiplier updates between the two averages that the derivative compares"""
+    gain_rates: tuple[float, float, float] = (0.05, 0.02, 0.02)
+    """a, b, c: how fast Kp, Ki, Kd adapt (apid)"""
+    gain_window: int = 5
+    """multiplier updates whose costs set the gains (apid)"""
+
+    eval_episodes: int = 20
+    """episodes of the mean action per evaluation"""
+    offline_evals: int = 4
+    """evaluations during phase 1"""
+    evals: int = 10
+    """evaluations during phase 3, evenly spaced, the last at the end"""
+    rank_points: int = 64
+    """starting points of the rank diagnostic before and after phase 2, of either kind; 0 leaves it out"""
+    eval: Path | None = None
+    """replay this checkpoint instead of training, and print return and cost"""
+    episodes: int = 20
+    """episodes to replay with --eval"""
+
+
+# ---------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, obs):
+        x = symlog(obs)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        mean, raw = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
+        return mean, -5.0 + 3.5 * (1.0 + jnp.tanh(raw))  # log sigma in [-5, 2]
+
+
+class VAE(nn.Module):
+    """Conditional VAE of the dataset's actions; latent size 2 * action_size."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    def setup(self):
+        self.encoder = [nn.Dense(width) for width in self.hidden] + [nn.Dense(4 * self.action_size)]
+        self.decoder = [nn.Dense(width) for width in self.hidden] + [nn.Dense(self.action_size)]
+
+    def encode(self, obs, action):
+        """Mean and log standard deviation (..., 2a) of z."""
+        x = jnp.concatenate([symlog(obs), action], -1)
+        for layer in self.encoder[:-1]:
+            x = nn.relu(layer(x))
+        mean, log_std = jnp.split(self.encoder[-1](x), 2, -1)
+        return mean, jnp.clip(log_std, -4.0, 15.0)
+
+    def decode(self, obs, z):
+        """The action (..., a) of latent z."""
+        x = jnp.concatenate([symlog(obs), z], -1)
+        for layer in self.decoder[:-1]:
+            x = nn.relu(layer(x))
+        return jnp.tanh(self.decoder[-1](x))
+
+    def __call__(self, obs, action, key):
+        mean, log_std = self.encode(obs, action)
+        z = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+        return self.decode(obs, z), mean, log_std
+
+
+class Learner(NamedTuple):
+    """Everything that gradient steps change. `params` and `optimizers` have one entry per optimiser."""
+
+    params: dict
+    targets: dict  # moving averages of params["critics"] = {"reward": ..., "cost": ...}
+    optimizers: dict
+
+
+class Fixed(NamedTuple):
+    """What is decided before any program is compiled."""
+
+    args: Args
+    env: envs.Env
+    networks: dict
+    optimizers: dict
+
+
+def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
+    """Networks of a configuration and one Adam per entry of `rates`."""
+    networks = {
+        "actor": Actor(args.hidden, env.action_size),
+        "reward": Ensemble(args.num_critics, args.hidden),
+        "cost": Ensemble(1, args.hidden),
+        "vae": VAE(args.vae_hidden, env.action_size),
+    }
+    return Fixed(args, env, networks, {name: optax.adam(rate) for name, rate in rates.items()})
+
+
+def init_params(key, fixed: Fixed) -> dict:
+    keys = jax.random.split(key, 4)
+    obs, action = jnp.zeros(fixed.env.obs_size), jnp.zeros(fixed.env.action_size)
+    init = lambda name, key, *inputs: fixed.networks[name].init(key, *inputs)
+    return {
+        "actor": init("actor", keys[0], obs),
+        "critics": {"reward": init("reward", keys[1], obs, action), "cost": init("cost", keys[2], obs, action)},
+        "vae": init("vae", keys[3], obs, action, keys[3]),
+        "log_dual": jnp.float32(0),
+    }
+
+
+def start_phase(params: dict, fixed: Fixed) -> Learner:
+    """A learner with fresh optimiser states, its targets equal to its critics."""
+    return Learner(params, params["critics"], {k: opt.init(params[k]) for k, opt in fixed.optimizers.items()})
+
+
+def descend(learner: Learner, fixed: Fixed, name: str, gradient) -> Learner:
+    """One optimiser step of params[name]."""
+    update, state = fixed.optimizers[name].update(gradient, learner.optimizers[name])
+    params = learner.params | {name: optax.apply_updates(learner.params[name], update)}
+    return Learner(params, learner.targets, learner.optimizers | {name: state})
+
+
+def follow(learner: Learner, fixed: Fixed) -> Learner:
+    """Moves the targets towards the critics."""
+    return learner._replace(targets=optax.incremental_update(learner.params["critics"], learner.targets, fixed.args.tau))
+
+
+# ---------------------------------------------------------------- maths
+
+
+def sample_action(key, mean, log_std):
+    """A tanh-Gaussian action (..., a) and its log-probability (...,)."""
+    noise = jax.random.normal(key, mean.shape)
+    u = mean + jnp.exp(log_std) * noise
+    log_normal = -0.5 * jnp.square(noise) - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_det = 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))  # log(1 - tanh(u)^2), stable
+    return jnp.tanh(u), jnp.sum(log_normal - log_det, -1)
+
+
+class Multiplier(NamedTuple):
+    """State of the PID controller of lambda."""
+
+    value: jax.Array  # lambda
+    integral: jax.Array
+    error_ema: jax.Array
+    cost_emas: jax.Array  # (pid_delay + 1,), newest first
+    costs: jax.Array  # (gain_window,) newest first, NaN where not yet measured
+    gains: jax.Array  # (3,) Kp, Ki, Kd
+
+
+def init_multiplier(args: Args) -> Multiplier:
+    scale = {"dual": (0.0, 1.0, 0.0), "pid10": (10.0, 10.0, 10.0)}.get(args.lagrangian, (1.0, 1.0, 1.0))
+    gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
+    start, unknown = jnp.float32(args.init_multiplier), jnp.float32(jnp.nan)
+    return Multiplier(start, start, unknown, jnp.full(args.pid_delay + 1, unknown), jnp.full(args.gain_window, unknown), gains)
+
+
+def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
+    """One controller update from the mean cost (scalar) of newly ended episodes; see the table at the top.
+
+    D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago). apid then scales the gains by (1 + a tanh((m-d)/d),
+    1 + b (m-d)/d, 1 + c s/d), m and s the mean and standard deviation of the recent costs, within [K0/10, 10 K0].
+    """
+    limit, decay = args.cost_limit, args.pid_decay
+    error = cost - limit
+    ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
+    error_ema = ema(m.error_ema, error)
+    cost_emas = jnp.concatenate([ema(m.cost_emas[0], cost)[None], m.cost_emas[:-1]])
+    costs = jnp.concatenate([cost[None], m.costs[:-1]])
+    kp, ki, kd = m.gains
+    integral = jnp.clip(m.integral + ki * error, 0.0, args.max_multiplier)
+    derivative = jnp.maximum(0.0, jnp.nan_to_num(cost_emas[0] - cost_emas[-1]))
+    value = jnp.clip(kp * error_ema + integral + kd * derivative, 0.0, args.max_multiplier)
+    gains = m.gains
+    if args.lagrangian == "apid":
+        initial, unit = init_multiplier(args).gains, max(limit, 1.0)
+        mean, std = jnp.nanmean(costs), jnp.nanstd(costs)
+        a, b, c = args.gain_rates
+        scale = jnp.stack([1 + a * jnp.tanh((mean - limit) / unit), 1 + b * (mean - limit) / unit, 1 + c * std / unit])
+        gains = jnp.clip(gains * scale, initial / 10, initial * 10)
+    return Multiplier(value, integral, error_ema, cost_emas, costs, gains)
+
+
+def thresholds(args: Args, horizon: int) -> tuple[float, float]:
+    """(q_thres, qc_thres): the discounted equivalent of the limit over T steps, and 1.5 times it (CPQ, OSRL)."""
+    q_thres = args.cost_limit * (1 - args.gamma**horizon) / (1 - args.gamma) / horizon
+    return q_thres, 1.5 * q_thres
+
+
+def gaussian_kl(mean, log_std):
+    """KL(N(mean, std) | N(0, I)) averaged over the latent's dimensions: (...,)."""
+    return jnp.mean(-0.5 * (1 + 2 * log_std - jnp.square(mean) - jnp.exp(2 * log_std)), -1)
+
+
+def vae_loss(vae, batch, key, fixed: Fixed):
+    """Reconstruction error plus beta times the latent's divergence."""
+    action, mean, log_std = fixed.networks["vae"].apply(vae, batch.obs, batch.action, key)
+    loss = jnp.mean(jnp.square(action - batch.action)) + fixed.args.vae_beta * gaussian_kl(mean, log_std).mean()
+    return loss, {"vae_loss": loss}
+
+
+def ood_actions(params: dict, obs, key, fixed: Fixed):
+    """The quarter of `ood_actions` policy actions per state with the largest encoder KL: obs (m, o), action (m, a)."""
+    obs = jnp.repeat(obs[: fixed.args.ood_states], fixed.args.ood_actions, 0)
+    action, _ = sample_action(key, *fixed.networks["actor"].apply(params["actor"], obs))
+    kl = gaussian_kl(*fixed.networks["vae"].apply(params["vae"], obs, action, method="encode"))
+    far = jax.lax.top_k(kl, kl.shape[0] // 4)[1]
+    return obs[far], action[far]
+
+
+def cpq_critic_loss(critics, params: dict, targets, batch, ood, key, fixed: Fixed):
+    """Both critics of CPQ: safe actions only in the reward backup, OOD actions' cost pushed up to qc_thres."""
+    args, networks = fixed.args, fixed.networks
+    q_thres, qc_thres = thresholds(args, fixed.env.horizon)
+    action, _ = sample_action(key, *networks["actor"].apply(params["actor"], batch.next_obs))
+    next_q = jnp.min(networks["reward"].apply(targets["reward"], batch.next_obs, action), 0)
+    next_qc = networks["cost"].apply(targets["cost"], batch.next_obs, action)[0]
+    alive = args.gamma * (1.0 - batch.terminated)
+    target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * (next_qc <= q_thres) * next_q)
+    cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
+    q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
+    qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
+    qc_ood = networks["cost"].apply(critics["cost"], *ood)[0].mean()
+    reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
+    penalty = jnp.exp(params["log_dual"]) * (qc_ood - qc_thres)
+    info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean(), "qc_ood": qc_ood}
+    return reward_loss + cost_loss - penalty, info
+
+
+def dual_loss(log_dual, qc_ood, qc_thres):
+    """Raises alpha while the OOD actions' mean cost value is below qc_thres."""
+    return jnp.exp(log_dual) * jax.lax.stop_gradient(qc_ood - qc_thres)
+
+
+def cpq_actor_loss(actor, critics, batch, key, fixed: Fixed):
+    """-1[Qc <= q_thres] min_i Q_i of the policy's own actions."""
+    networks, q_thres = fixed.networks, thresholds(fixed.args, fixed.env.horizon)[0]
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
+    q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
+    qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
+    loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q)
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def critic_loss(critics, actor, targets, entropy_weights, batch, key, fixed: Fixed):
+    """Soft Bellman errors of both critics under the policy; `entropy_weights` = (alpha_r, alpha_c)."""
+    args, networks = fixed.args, fixed.networks
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.next_obs))
+    next_q = jnp.min(networks["reward"].apply(targets["reward"], batch.next_obs, action), 0) - entropy_weights[0] * log_prob
+    next_qc = networks["cost"].apply(targets["cost"], batch.next_obs, action)[0] - entropy_weights[1] * log_prob
+    alive = args.gamma * (1.0 - batch.terminated)
+    target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
+    cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
+    q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
+    qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
+    reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
+    info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
+    return reward_loss + cost_loss, info
+
+
+def actor_loss(actor, critics, multiplier, batch, key, fixed: Fixed):
+    """-(min_i Q_i - lambda Qc + entropy weight * h) of the policy's own actions."""
+    networks = fixed.networks
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
+    q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
+    qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
+    loss = jnp.mean(fixed.args.entropy_weight * log_prob - q + multiplier * qc)
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+# ---------------------------------------------------------------- replay and episodes
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # (..., o)
+    action: jax.Array  # (..., a)
+    reward: jax.Array  # (...,) raw
+    cost: jax.Array  # (...,) raw
+    next_obs: jax.Array  # (..., o)
+    terminated: jax.Array  # (...,) float, 1: do not bootstrap
+
+
+class Replay(NamedTuple):
+    data: Batch  # leaves (capacity, ...)
+    inserted: jax.Array  # () int32, transitions ever inserted
+
+
+def insert(replay: Replay, new: Batch) -> Replay:
+    """Writes n transitions (leaves (n, ...)) over the oldest; the capacity is a multiple of n."""
+    capacity = replay.data.reward.shape[0]
+    start = replay.inserted % capacity
+    write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 0)
+    return Replay(jax.tree.map(write, replay.data, new), replay.inserted + new.reward.shape[0])
+
+
+def sample(key, data: Batch, n: int, filled) -> Batch:
+    """n of the first `filled` transitions, uniformly, with replacement."""
+    rows = jax.random.randint(key, (n,), 0, filled)
+    return jax.tree.map(lambda x: x[rows], data)
+
+
+class Episodes(NamedTuple):
+    """Sums over episodes that ended: number, return, cost, length."""
+
+    number: jax.Array
+    returns: jax.Array
+    costs: jax.Array
+    lengths: jax.Array
+
+    def means(self) -> dict:
+        n = jnp.maximum(self.number, 1)
+        return {"episodes": self.number, "return": self.returns / n, "cost": self.costs / n, "length": self.lengths / n}
+
+
+class Actors(NamedTuple):
+    """The environments between two blocks: state, observation (num_envs, o), running sums (num_envs, 3) of the episodes."""
+
+    state: Any
+    obs: jax.Array
+    running: jax.Array
+
+
+def init_actors(key, env: envs.Env, num_envs: int) -> Actors:
+    state, obs = env.reset(jax.random.split(key, num_envs))
+    return Actors(state, obs, jnp.zeros((num_envs, 3)))
+
+
+def collect(actors: Actors, policy, key, env: envs.Env, steps: int) -> tuple[Actors, Batch, Episodes]:
+    """`steps` steps of `policy(obs, key)` in every environment; transitions have leaves (steps, num_envs, ...)."""
+
+    def step(carry, key):
+        actors, ended = carry
+        action = policy(actors.obs, key)
+        state, t = env.step(actors.state, action)
+        running = actors.running + jnp.stack([t.reward, t.cost, jnp.ones_like(t.reward)], -1)
+        done = (t.terminated | t.truncated).astype(jnp.float32)
+        sums = jnp.sum(running * done[:, None], 0)
+        ended = Episodes(ended.number + done.sum(), ended.returns + sums[0], ended.costs + sums[1], ended.lengths + sums[2])
+        batch = Batch(actors.obs, action, t.reward, t.cost, t.next_obs, t.terminated.astype(jnp.float32))
+        return (Actors(state, t.obs, running * (1 - done[:, None])), ended), batch
+
+    start = (actors, Episodes(*jnp.zeros(4)))
+    (actors, ended), batch = jax.lax.scan(step, start, jax.random.split(key, steps))
+    return actors, batch, ended
+
+
+def evaluate(policy, key, env: envs.Env, episodes: int) -> Episodes:
+    """`episodes` fresh episodes of `policy(obs, key)`, each counted up to its first end."""
+    key_reset, key_steps = jax.random.split(key)
+    state, obs = env.reset(jax.random.split(key_reset, episodes))
+
+    def step(carry, key):
+        state, obs, alive, sums = carry
+        state, t = env.step(state, policy(obs, key))
+        sums = sums + jnp.stack([jnp.sum(alive * x) for x in (t.reward, t.cost, jnp.ones_like(t.reward))])
+        return (state, t.obs, alive * (1.0 - (t.terminated | t.truncated)), sums), None
+
+    start = (state, obs, jnp.ones(episodes), jnp.zeros(3))
+    sums = jax.lax.scan(step, start, jax.random.split(key_steps, env.horizon))[0][3]
+    return Episodes(jnp.float32(episodes), *sums)
+
+
+# ---------------------------------------------------------------- rank diagnostic (Marvel, Table 1)
+
+
+class Points(NamedTuple):
+    """State-action pairs with the Monte-Carlo returns of the policy from them."""
+
+    obs: jax.Array  # (n, o)
+    action: jax.Array  # (n, a)
+    returns: jax.Array  # (n,) discounted, scaled reward
+    costs: jax.Array  # (n,) discounted cost
+
+
+def monte_carlo_points(explore, policy, key, env: envs.Env, n: int, args: Args) -> Points:
+    """n points met by `explore` in the first half of an episode, each followed by `policy` for half an episode.
+
+    The remaining gamma^(T/2) is dropped; the clock restarts at the point, so that time-outs, which Q bootstraps through,
+    do not cut returns short.
+    """
+    keys = jax.random.split(key, 5)
+    state, obs = env.reset(jax.random.split(keys[0], n))
+    half = env.horizon // 2
+    leave = jax.random.randint(keys[1], (n,), 0, half)
+
+    def approach(carry, step):
+        i, key = step
+        (state, obs), kept = carry
+        select = lambda new, old: jnp.where((i == leave).reshape((n,) + (1,) * (new.ndim - 1)), new, old)
+        kept = jax.tree.map(select, (state, obs), kept)
+        state, t = env.step(state, explore(obs, key))
+        return ((state, t.obs), kept), None
+
+    steps = (jnp.arange(half), jax.random.split(keys[2], half))
+    _, (state, start) = jax.lax.scan(approach, ((state, obs), (state, obs)), steps)[0]
+    state = state._replace(t=jnp.zeros_like(state.t))
+    action = explore(start, keys[3])
+
+    def follow_policy(carry, step):
+        state, action, weight, sums = carry
+        state, t = env.step(state, action)
+        sums = sums + weight[:, None] * jnp.stack([args.reward_scale * t.reward, t.cost], -1)
+        weight = weight * args.gamma * (1.0 - t.terminated)
+        return (state, policy(t.obs, step), weight, sums), None
+
+    carry = (state, action, jnp.ones(n), jnp.zeros((n, 2)))
+    sums = jax.lax.scan(follow_policy, carry, jax.random.split(keys[4], half))[0][3]
+    return Points(start, action, sums[:, 0], sums[:, 1])
+
+
+def spearman(x, y):
+    """Spearman's rank correlation of x and y (n,), ties at their mean rank; NaN if either is constant."""
+    rank = lambda v: jnp.sum(v[:, None] > v, 1) + 0.5 * jnp.sum(v[:, None] == v, 1)
+    return jnp.corrcoef(rank(x), rank(y))[0, 1]
+
+
+def rank_correlations(critics, own: Points, random: Points, networks) -> dict:
+    """Correlations of Q and Qc with Monte-Carlo returns on the policy's own and on random-policy rollouts."""
+    out = {}
+    for name, points in {"policy": own, "random": random}.items():
+        q = jnp.min(networks["reward"].apply(critics["reward"], points.obs, points.action), 0)
+        qc = networks["cost"].apply(critics["cost"], points.obs, points.action)[0]
+        out |= {f"rank_q_{name}": spearman(q, points.returns), f"rank_qc_{name}": spearman(qc, points.costs)}
+    return out
+
+
+# ---------------------------------------------------------------- one gradient step of each phase
+
+
+def offline_step(learner: Learner, batch: Batch, key, fixed: Fixed):
+    """Phase 1, CPQ: VAE, both critics, the OOD constraint's dual, actor."""
+    key_vae, key_ood, key_critic, key_actor = jax.random.split(key, 4)
+    gradient, _ = jax.grad(vae_loss, has_aux=True)(learner.params["vae"], batch, key_vae, fixed)
+    learner = descend(learner, fixed, "vae", gradient)
+    ood = ood_actions(learner.params, batch.obs, key_ood, fixed)
+    gradient, info = jax.grad(cpq_critic_loss, has_aux=True)(
+        learner.params["critics"], learner.params, learner.targets, batch, ood, key_critic, fixed
+    )
+    learner = descend(learner, fixed, "critics", gradient)
+    qc_thres = thresholds(fixed.args, fixed.env.horizon)[1]
+    learner = descend(learner, fixed, "log_dual", jax.grad(dual_loss)(learner.params["log_dual"], info["qc_ood"], qc_thres))
+    learner.params["log_dual"] = jnp.clip(learner.params["log_dual"], -5.0, 5.0)
+    gradient, actor_info = jax.grad(cpq_actor_loss, has_aux=True)(
+        learner.params["actor"], learner.params["critics"], batch, key_actor, fixed
+    )
+    learner = descend(learner, fixed, "actor", gradient)
+    return follow(learner, fixed), {**info, **actor_info, "ood_weight": jnp.exp(learner.params["log_dual"])}
+
+
+def vpa_step(learner: Learner, batch: Batch, key, fixed: Fixed):
+    """Phase 2, value pre-alignment: both critics evaluate the frozen offline policy under the online objective."""
+    weights = (fixed.args.vpa_alpha_reward, fixed.args.vpa_alpha_cost)
+    gradient, info = jax.grad(critic_loss, has_aux=True)(
+        learner.params["critics"], learner.params["actor"], learner.targets, weights, batch, key, fixed
+    )
+    return follow(descend(learner, fixed, "critics", gradient), fixed), info
+
+
+def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
+    """Phase 3, SAC-Lagrangian: both critics, actor."""
+    key_critic, key_actor = jax.random.split(key)
+    weights = (fixed.args.entropy_weight, 0.0)
+    gradient, info = jax.grad(critic_loss, has_aux=True)(
+        learner.params["critics"], learner.params["actor"], learner.targets, weights, batch, key_critic, fixed
+    )
+    learner = descend(learner, fixed, "critics", gradient)
+    gradient, actor_info = jax.grad(actor_loss, has_aux=True)(
+        learner.params["actor"], learner.params["critics"], multiplier, batch, key_actor, fixed
+    )
+    return follow(descend(learner, fixed, "actor", gradient), fixed), {**info, **actor_info}
+
+
+# ---------------------------------------------------------------- one block of each phase
+
+
+def learn_offline(learner: Learner, data: Batch, key, step, batch_size: int, steps: int, fixed: Fixed):
+    """`steps` gradient steps on minibatches of the dataset; phases 1 and 2."""
+
+    def one(learner, key):
+        key_batch, key_step = jax.random.split(key)
+        return step(learner, sample(key_batch, data, batch_size, data.reward.shape[0]), key_step, fixed)
+
+    learner, info = jax.lax.scan(one, learner, jax.random.split(key, steps))
+    return learner, jax.tree.map(jnp.mean, info)
+
+
+def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, fixed: Fixed):
+    """Inserts what was collected, moves the multiplier by the episodes that ended, takes `updates_per_iter` steps."""
+    args = fixed.args
+    replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
+    multiplier = update_multiplier(multiplier, ended.means()["cost"], args)
+    filled = jnp.minimum(replay.inserted, replay.data.reward.shape[0])
+
+    def one(learner, key):
+        key_online, key_offline, key_step = jax.random.split(key, 3)
+        if args.replay == "online":
+            batch = sample(key_online, replay.data, args.batch_size, filled)
+        else:
+            half = sample(key_online, replay.data, args.batch_size // 2, filled)
+            rest = sample(key_offline, data, args.batch_size - args.batch_size // 2, data.reward.shape[0])
+            batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), half, rest)
+        return online_step(learner, multiplier.value, batch, key_step, fixed)
+
+    learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_iter))
+    return learner, multiplier, replay, jax.tree.map(jnp.mean, info)
+
+
+# ---------------------------------------------------------------- main
+
+
+OFFLINE_FIELDS = (
+    "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
+    "offline_critic_lr dual_lr vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes"
+).split()
+CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
+
+
+def replay_checkpoint(args: Args) -> None:
+    """--eval: prints return and cost of a checkpoint's mean action."""
+    tree, meta = logbook.load(args.eval)
+    env = envs.make(meta["env"], args.backend)
+    actor = Actor(tuple(meta["config"]["hidden"]), env.action_size)
+    template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
+    params = logbook.restore(template, tree["actor"], str(args.eval))
+    policy = lambda obs, key: jnp.tanh(actor.apply(params, obs)[0])
+    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(jax.random.key(args.seed))
+    print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
+
+
+def main(args: Args) -> Path | None:
+    if args.eval:
+        return replay_checkpoint(args)
+    env = envs.make(args.env, args.backend)
+    args = replace(args, env=env.name)
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    dataset, about = dsrl.load(
+        args.dataset or dsrl.default_path(env.name), env=env.name, obs_size=env.obs_size, action_size=env.action_size
+    )
+    flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)
+    data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
+    log = Logbook("marvel", env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
+
+    over_seeds = lambda f, in_axes=0, **options: jax.jit(jax.vmap(f, in_axes), **options)
+    root = jax.vmap(jax.random.key)(jnp.array(seeds))
+    fold = over_seeds(lambda key, phase, n: jax.random.fold_in(jax.random.fold_in(key, phase), n), (0, None, None))
+    key_for = lambda phase, n=0: fold(root, {"init": 0, "offline": 1, "vpa": 2, "online": 3, "collect": 4, "eval": 5, "rank": 6}[phase], n)
+
+    rates = {"actor": args.offline_actor_lr, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_dual": args.dual_lr}
+    offline = build(args, env, rates)
+    vpa = build(args, env, {"critics": args.vpa_lr})
+    online = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr})
+    networks = online.networks
+    policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs))[0]
+    mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
+    random_policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
+    run_evaluate = over_seeds(lambda actor, key: evaluate(partial(mean_policy, actor), key, env, args.eval_episodes).means())
+
+    def show(phase, learner, gradient_steps, env_steps, **columns):
+        found = run_evaluate(learner.params["actor"], key_for("eval", gradient_steps))
+        log.log(phase, "eval", gradient_steps=gradient_steps, env_steps=env_steps, **found, **columns)
+
+    # Phase 1: offline CPQ; not repeated where every seed has the checkpoint of this very configuration and dataset.
+    recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": about["sha256"]}
+    checkpoints = [logbook.offline_path(env.name, "cpq", recipe, seed) for seed in seeds]
+    learner = over_seeds(lambda key: start_phase(init_params(key, offline), offline))(key_for("init"))
+    if all(path.exists() for path in checkpoints):
+        learner = learner._replace(params=logbook.load_seeds(checkpoints, learner.params))
+        log.repeat(checkpoints)
+    else:
+        step = partial(learn_offline, step=offline_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=offline)
+        run = over_seeds(step, (0, None, 0), donate_argnums=0)
+        blocks = args.offline_steps // CHUNK
+        evaluate_at = set(np.linspace(0, blocks, args.offline_evals + 1).round().astype(int))
+        log.phase("offline", args.offline_steps, "steps")
+        show("offline", learner, 0, 0)
+        for block in range(1, blocks + 1):
+            learner, info = run(learner, data, key_for("offline", block))
+            log.log("offline", "train", gradient_steps=block * CHUNK, env_steps=0, **info)
+            log.advance(CHUNK)
+            if block in evaluate_at:
+                show("offline", learner, block * CHUNK, 0)
+        log.save_seeds(checkpoints, learner.params, {"recipe": recipe})
+
+    # Phase 2: value pre-alignment, between two looks at how the critics rank.
+    done = args.offline_steps
+    if args.rank_points:
+        points = lambda explore: over_seeds(
+            lambda actor, key: monte_carlo_points(explore(actor), partial(policy, actor), key, env, args.rank_points, args)
+        )(learner.params["actor"], key_for("rank"))
+        own, random = points(lambda actor: partial(policy, actor)), points(lambda actor: random_policy)
+        rank = over_seeds(partial(rank_correlations, networks=networks))
+        log.log("offline", "rank", gradient_steps=done, env_steps=0, **rank(learner.params["critics"], own, random))
+    params = learner.params
+    if args.critics == "fresh":
+        params = params | {"critics": over_seeds(lambda key: init_params(key, vpa)["critics"])(key_for("vpa"))}
+    learner = over_seeds(partial(start_phase, fixed=vpa))(params)
+    if args.vpa_steps:
+        step = partial(learn_offline, step=vpa_step, batch_size=args.vpa_batch_size, steps=CHUNK, fixed=vpa)
+        run = over_seeds(step, (0, None, 0))
+        log.phase("vpa", args.vpa_steps, "steps")
+        for block in range(1, args.vpa_steps // CHUNK + 1):
+            learner, info = run(learner, data, key_for("vpa", block))
+            log.log("vpa", "train", gradient_steps=done + block * CHUNK, env_steps=0, **info)
+            log.advance(CHUNK)
+        done += args.vpa_steps
+        if args.rank_points:
+            log.log("vpa", "rank", gradient_steps=done, env_steps=0, **rank(learner.params["critics"], own, random))
+        show("vpa", learner, done, 0)
+
+    # Phase 3: online.
+    learner = over_seeds(partial(start_phase, fixed=online))({k: learner.params[k] for k in ("actor", "critics")})
+    per_iter = args.episodes_per_iter * env.horizon
+    capacity = max(1, args.buffer_size // per_iter) * per_iter
+    empty = jax.tree.map(lambda x: jnp.zeros((args.seeds, capacity, *x.shape[1:])), data)
+    replay = Replay(empty, jnp.zeros(args.seeds, jnp.int32))
+    actors = over_seeds(lambda key: init_actors(key, env, args.episodes_per_iter))(key_for("collect"))
+    multiplier = jax.tree.map(lambda x: jnp.broadcast_to(x, (args.seeds, *x.shape)), init_multiplier(args))
+    run_collect = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, env.horizon))
+    run_learn = over_seeds(partial(learn_online, fixed=online), (0, 0, 0, None, 0, 0, 0), donate_argnums=(0, 2))
+    evaluate_at = set(np.linspace(0, args.iterations, args.evals + 1).round().astype(int)[1:])
+    log.phase("online", args.iterations, "iterations")
+    for i in range(1, args.iterations + 1):
+        actors, new, ended = run_collect(learner.params["actor"], actors, key_for("collect", i))
+        learner, multiplier, replay, info = run_learn(learner, multiplier, replay, data, new, ended, key_for("online", i))
+        steps = {"gradient_steps": done + i * args.updates_per_iter, "env_steps": i * per_iter}
+        kp, ki, kd = multiplier.gains.T
+        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+        log.advance(1)
+        if i in evaluate_at:
+            show("online", learner, **steps, multiplier=multiplier.value)
+
+    log.save_seeds([log.folder / f"checkpoint-seed{seed}.safetensors" for seed in seeds], learner.params)
+    log.close()
+    return log.folder
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

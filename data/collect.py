@@ -1,0 +1,165 @@
+"""Makes the offline datasets: `python -m data.collect --env SafetyPointRun` writes data/SafetyPointRun.hdf5.
+
+Behaviour policies come from from-scratch SAC-Lagrangian (algos/sac_lag.py) at several cost limits, each at several stages from
+early to expert, so that a file mixes safe-poor, safe-good, unsafe-good and bad trajectories, as DSRL's do. They are kept in
+data/policies/ENV.safetensors; the dataset is their stochastic rollouts, the same for the same key.
+
+    python -m data.collect --env E                              # data/E.hdf5 from the kept policies
+    python -m data.collect --env E --transitions 1000000 --out big.hdf5
+    python -m data.collect --env E --train                      # the policies too, from nothing (minutes to hours)
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tyro
+
+import envs
+from data import dsrl
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Behaviour(NamedTuple):
+    """One training run of sac_lag.py and the stages of it that are kept."""
+
+    cost_limit: float
+    env_steps: int
+    evals: int  # snapshots are taken at env_steps * k / evals
+    stages: tuple[int, ...]  # the k that are kept
+    options: str  # further arguments of sac_lag.py
+
+
+COMMON = (
+    "--lagrangian pid --hidden 128 128 --batch-size 256 --updates-per-block 64 --eval-episodes 10 --kp 0.001 --kd 0.0 "
+    "--max-multiplier 2 --snapshots"
+)
+SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --ki 0.0003"
+MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --ki 0.0003"
+SEES = " --privileged-critic"
+
+RECIPES: dict[str, tuple[Behaviour, ...]] = {
+    "SafetyPointRun": (
+        Behaviour(10.0, 200_000, 16, (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), SIXTEEN + SEES),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "SafetyPointRun"
+    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    transitions: int = 100_000
+    """size of the dataset; a little fewer where episodes end early"""
+    seed: int = 0
+    """key of the rollouts"""
+    out: Path | None = None
+    """file to write (default: data/ENV.hdf5)"""
+    train: bool = False
+    """train the behaviour policies first, replacing the kept ones"""
+    runs: tuple[Path, ...] = ()
+    """with --train: finished run folders of the recipe's behaviours, in its order, to take instead of training"""
+
+
+def policies_path(env: str) -> Path:
+    return Path(__file__).parent / "policies" / f"{env}.safetensors"
+
+
+def train(env: str, behaviour: Behaviour) -> Path:
+    """Trains one behaviour and returns its run folder."""
+    words = f"--env {env} --cost-limit {behaviour.cost_limit} --env-steps {behaviour.env_steps} --evals {behaviour.evals}"
+    command = [sys.executable, str(ROOT / "algos" / "sac_lag.py"), *words.split(), *COMMON.split(), *behaviour.options.split()]
+    print(" ".join(command), file=sys.stderr)
+    folder = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    return Path(folder)
+
+
+def pack(env: str, folders: list[Path]) -> None:
+    """Stacks the kept stages of all behaviours into data/policies/ENV.safetensors."""
+    trees, about = [], []
+    for behaviour, folder in zip(RECIPES[env], folders, strict=True):
+        for k in behaviour.stages:
+            steps = behaviour.env_steps * k / behaviour.evals
+            path = min(folder.glob("snapshot-seed0-*"), key=lambda p: abs(int(p.stem[-8:]) - steps))
+            trees.append(safetensors.numpy.load_file(path))
+            about.append({"cost_limit": str(behaviour.cost_limit), "env_steps": int(path.stem[-8:])})
+    stacked = {name.removeprefix("actor/params/"): np.stack([tree[name] for tree in trees]) for name in trees[0]}
+    policies_path(env).parent.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(stacked, policies_path(env), {"policies": json.dumps(about)})
+
+
+def act(params: dict, obs: jax.Array, key: jax.Array) -> jax.Array:
+    """sac_lag.py's stochastic policy: a tanh-Gaussian MLP on symlog observations."""
+    x = jnp.sign(obs) * jnp.log1p(jnp.abs(obs))
+    layers = len(params) // 2
+    for i in range(layers):
+        x = x @ params[f"Dense_{i}/kernel"] + params[f"Dense_{i}/bias"]
+        x = jax.nn.relu(x) if i < layers - 1 else x
+    mean, raw = jnp.split(x, 2, -1)
+    return jnp.tanh(mean + jnp.exp(-5.0 + 3.5 * (1.0 + jnp.tanh(raw))) * jax.random.normal(key, mean.shape))
+
+
+def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array) -> dict[str, Any]:
+    """`env.horizon` steps of every policy (leaves (P, ...)) in `rows` environments each: leaves (P, rows, T, ...)."""
+
+    def one(params, key):
+        key_reset, key_steps = jax.random.split(key)
+        state, obs = env.reset(jax.random.split(key_reset, rows))
+
+        def step(carry, key):
+            state, obs = carry
+            action = act(params, obs, key)
+            state, t = env.step(state, action)
+            out = dict(
+                observations=obs, next_observations=t.next_obs, actions=action, rewards=t.reward, costs=t.cost,
+                terminals=t.terminated, timeouts=t.truncated & ~t.terminated,
+            )  # fmt: skip
+            return (state, t.obs), out
+
+        out = jax.lax.scan(step, (state, obs), jax.random.split(key_steps, env.horizon))[1]
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+
+    policies = next(iter(params.values())).shape[0]
+    return jax.jit(jax.vmap(one))(params, jax.random.split(key, policies))
+
+
+def whole_episodes(out: dict[str, Any]) -> dsrl.Dataset:
+    """Drops what follows the last end of an episode in each row and joins the rest."""
+    flat = {k: np.asarray(v).reshape(-1, *v.shape[2:]) for k, v in out.items()}  # (P * rows, T, ...)
+    ends = flat["terminals"] | flat["timeouts"]
+    keep = np.cumsum(ends[:, ::-1], 1)[:, ::-1] > 0
+    return dsrl.Dataset(**{k: v[keep] for k, v in flat.items()})
+
+
+def main(args: Args) -> None:
+    env = envs.make(args.env)
+    if env.name not in RECIPES:
+        sys.exit(f"no recipe for {env.name}: add one to data/collect.py (there are {', '.join(RECIPES)})")
+    if args.train:
+        folders = list(args.runs) or [train(env.name, behaviour) for behaviour in RECIPES[env.name]]
+        pack(env.name, folders)
+    path = policies_path(env.name)
+    if not path.exists():
+        sys.exit(f"{path} is missing: train the behaviour policies with --train")
+    with safetensors.safe_open(path, "numpy") as file:
+        params = {k: file.get_tensor(k) for k in file.keys()}
+        policies = json.loads(file.metadata()["policies"])
+    rows = max(1, round(args.transitions / (len(policies) * env.horizon)))
+    dataset = whole_episodes(rollouts(env, params, rows, jax.random.key(args.seed)))
+    out = args.out or dsrl.default_path(env.name)
+    about = {"env": env.name, "seed": args.seed, "policies": policies, "rows_per_policy": rows}
+    dsrl.save(out, dataset, {k: v if isinstance(v, (str, int)) else json.dumps(v) for k, v in about.items()})
+    print(json.dumps({"file": str(out), "MB": round(out.stat().st_size / 1e6, 1), **dsrl.describe(dataset, 20.0)}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
