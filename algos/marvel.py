@@ -33,6 +33,7 @@ Deviations, P from the paper, R from the released code:
  7 (P, R) symlog observations and LayerNorm critics.
 """
 
+import inspect
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -46,7 +47,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import envs
 from algos import logbook
@@ -69,13 +69,15 @@ class Args:
     """DSRL-format HDF5 file (default: the task's own in data/)"""
     backend: str | None = None
     """physics backend (default: the fastest here)"""
+    runs: Path = logbook.ROOT / "runs"
+    """where run folders and offline checkpoints go"""
 
     gamma: float = 0.99
     """discount of all critics"""
     tau: float = 0.005
     """rate of the target critics' moving average"""
-    hidden: tuple[int, ...] = (256, 256)
-    """hidden layers of actor and critics"""
+    hidden: tuple[int, ...] = (128, 128)
+    """hidden layers of actor and critics (release: 256)"""
     num_critics: int = 2
     """reward critics; the minimum counts"""
     reward_scale: float = 0.1
@@ -91,7 +93,9 @@ class Args:
     """phase 1: Adam step size of critics and VAE (OSRL: 1e-3)"""
     dual_lr: float = 1e-3
     """phase 1: Adam step size of log alpha of the OOD constraint (OSRL: 1e-4)"""
-    vae_hidden: tuple[int, ...] = (400, 400)
+    cloning_weight: float = 0.1
+    """phase 1: weight of behaviour cloning beside the (normalised) Q in the actor's loss; CPQ has 0"""
+    vae_hidden: tuple[int, ...] = (128, 128)
     """phase 1: hidden layers of the VAE's encoder and decoder (OSRL: 400)"""
     vae_beta: float = 0.5
     """phase 1: weight of the KL divergence (OSRL: 0.5)"""
@@ -134,15 +138,15 @@ class Args:
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
-    kp: float = 0.005
+    kp: float = 0.001
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.001
+    ki: float = 0.0001
     """initial integral gain, per multiplier update"""
-    kd: float = 0.005
+    kd: float = 0.001
     """initial derivative gain"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
-    max_multiplier: float = 10.0
+    max_multiplier: float = 2.0
     """upper bound of the integral and of lambda"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
@@ -154,7 +158,9 @@ class Args:
     """multiplier updates whose costs set the gains (apid)"""
 
     eval_episodes: int = 20
-    """episodes of the mean action per evaluation"""
+    """episodes per evaluation"""
+    eval_policy: Literal["sample", "mean"] = "sample"
+    """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action"""
     offline_evals: int = 4
     """evaluations during phase 1"""
     evals: int = 10
@@ -329,6 +335,14 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     return Multiplier(value, integral, error_ema, cost_emas, costs, gains)
 
 
+def log_probability(action, mean, log_std):
+    """log pi(action) (...,) of a tanh-Gaussian; actions at the bounds are moved inside by 1e-4."""
+    action = jnp.clip(action, -1 + 1e-4, 1 - 1e-4)
+    u = jnp.arctanh(action)
+    log_normal = -0.5 * jnp.square((u - mean) / jnp.exp(log_std)) - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    return jnp.sum(log_normal - jnp.log1p(-jnp.square(action)), -1)
+
+
 def thresholds(args: Args, horizon: int) -> tuple[float, float]:
     """(q_thres, qc_thres): the discounted equivalent of the limit over T steps, and 1.5 times it (CPQ, OSRL)."""
     q_thres = args.cost_limit * (1 - args.gamma**horizon) / (1 - args.gamma) / horizon
@@ -347,13 +361,17 @@ def vae_loss(vae, batch, key, fixed: Fixed):
     return loss, {"vae_loss": loss}
 
 
-def ood_actions(params: dict, obs, key, fixed: Fixed):
-    """The quarter of `ood_actions` policy actions per state with the largest encoder KL: obs (m, o), action (m, a)."""
-    obs = jnp.repeat(obs[: fixed.args.ood_states], fixed.args.ood_actions, 0)
+def ood_actions(params: dict, batch, key, fixed: Fixed):
+    """The quarter of `ood_actions` policy actions per state with the largest encoder KL: obs (m, o), action (m, a), weight (m,).
+
+    Weight 1 where the action is really far, its KL beyond that of 99% of the batch's own actions (deviation 3), else 0.
+    """
+    vae_kl = lambda obs, action: gaussian_kl(*fixed.networks["vae"].apply(params["vae"], obs, action, method="encode"))
+    obs = jnp.repeat(batch.obs[: fixed.args.ood_states], fixed.args.ood_actions, 0)
     action, _ = sample_action(key, *fixed.networks["actor"].apply(params["actor"], obs))
-    kl = gaussian_kl(*fixed.networks["vae"].apply(params["vae"], obs, action, method="encode"))
-    far = jax.lax.top_k(kl, kl.shape[0] // 4)[1]
-    return obs[far], action[far]
+    kl, far = jax.lax.top_k(vae_kl(obs, action), obs.shape[0] // 4)
+    weight = kl > jnp.quantile(vae_kl(batch.obs, batch.action), 0.99)
+    return obs[far], action[far], weight.astype(jnp.float32)
 
 
 def cpq_critic_loss(critics, params: dict, targets, batch, ood, key, fixed: Fixed):
@@ -365,12 +383,14 @@ def cpq_critic_loss(critics, params: dict, targets, batch, ood, key, fixed: Fixe
     next_qc = networks["cost"].apply(targets["cost"], batch.next_obs, action)[0]
     alive = args.gamma * (1.0 - batch.terminated)
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * (next_qc <= q_thres) * next_q)
-    cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
+    cost_target = jax.lax.stop_gradient(batch.cost + alive * jnp.clip(next_qc, 0.0, 1.0 / (1.0 - args.gamma)))
     q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
     qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
-    qc_ood = networks["cost"].apply(critics["cost"], *ood)[0].mean()
+    ood_obs, ood_action, weight = ood
+    qc_ood = networks["cost"].apply(critics["cost"], ood_obs, ood_action)[0]
+    qc_ood = qc_thres + jnp.sum(weight * (qc_ood - qc_thres)) / jnp.maximum(weight.sum(), 1.0)
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
-    penalty = jnp.exp(params["log_dual"]) * (qc_ood - qc_thres)
+    penalty = jnp.exp(params["log_dual"]) * jnp.minimum(qc_ood - qc_thres, 0.0)
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean(), "qc_ood": qc_ood}
     return reward_loss + cost_loss - penalty, info
 
@@ -381,12 +401,15 @@ def dual_loss(log_dual, qc_ood, qc_thres):
 
 
 def cpq_actor_loss(actor, critics, batch, key, fixed: Fixed):
-    """-1[Qc <= q_thres] min_i Q_i of the policy's own actions."""
+    """-1[Qc <= q_thres] min_i Q_i of the policy's own actions, plus a little behaviour cloning (deviation 4)."""
     networks, q_thres = fixed.networks, thresholds(fixed.args, fixed.env.horizon)[0]
-    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
+    mean, log_std = networks["actor"].apply(actor, batch.obs)
+    action, log_prob = sample_action(key, mean, log_std)
     q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
     qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
-    loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q)
+    scale = jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-3)
+    cloning = -jnp.mean(log_probability(batch.action, mean, log_std))
+    loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q) / scale + fixed.args.cloning_weight * cloning
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
@@ -580,7 +603,7 @@ def offline_step(learner: Learner, batch: Batch, key, fixed: Fixed):
     key_vae, key_ood, key_critic, key_actor = jax.random.split(key, 4)
     gradient, _ = jax.grad(vae_loss, has_aux=True)(learner.params["vae"], batch, key_vae, fixed)
     learner = descend(learner, fixed, "vae", gradient)
-    ood = ood_actions(learner.params, batch.obs, key_ood, fixed)
+    ood = ood_actions(learner.params, batch, key_ood, fixed)
     gradient, info = jax.grad(cpq_critic_loss, has_aux=True)(
         learner.params["critics"], learner.params, learner.targets, batch, ood, key_critic, fixed
     )
@@ -658,24 +681,30 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, n
 
 OFFLINE_FIELDS = (
     "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
-    "offline_critic_lr dual_lr vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes"
+    "offline_critic_lr dual_lr cloning_weight vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes eval_policy"
 ).split()
+OFFLINE_CODE = (Actor, VAE, log_probability, ood_actions, vae_loss, cpq_critic_loss, dual_loss, cpq_actor_loss, offline_step)
+ZERO_ALLOWED = set(
+    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight kp ki kd gain_rates rank_points".split()
+)
 CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 
 
 def replay_checkpoint(args: Args) -> None:
-    """--eval: prints return and cost of a checkpoint's mean action."""
+    """--eval: prints return and cost of a checkpoint's policy."""
     tree, meta = logbook.load(args.eval)
     env = envs.make(meta["env"], args.backend)
     actor = Actor(tuple(meta["config"]["hidden"]), env.action_size)
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     params = logbook.restore(template, tree["actor"], str(args.eval))
-    policy = lambda obs, key: jnp.tanh(actor.apply(params, obs)[0])
+    act = lambda mean, log_std, key: sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
+    policy = lambda obs, key: act(*actor.apply(params, obs), key)
     found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(jax.random.key(args.seed))
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
 
 
 def main(args: Args) -> Path | None:
+    logbook.check_numbers(args, ZERO_ALLOWED, {"offline_steps": CHUNK, "vpa_steps": CHUNK})
     if args.eval:
         return replay_checkpoint(args)
     env = envs.make(args.env, args.backend)
@@ -700,8 +729,9 @@ def main(args: Args) -> Path | None:
     networks = online.networks
     policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs))[0]
     mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
+    evaluated = policy if args.eval_policy == "sample" else mean_policy
     random_policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
-    run_evaluate = over_seeds(lambda actor, key: evaluate(partial(mean_policy, actor), key, env, args.eval_episodes).means())
+    run_evaluate = over_seeds(lambda actor, key: evaluate(partial(evaluated, actor), key, env, args.eval_episodes).means())
 
     def show(phase, learner, gradient_steps, env_steps, **columns):
         found = run_evaluate(learner.params["actor"], key_for("eval", gradient_steps))
@@ -709,7 +739,8 @@ def main(args: Args) -> Path | None:
 
     # Phase 1: offline CPQ; not repeated where every seed has the checkpoint of this very configuration and dataset.
     recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": about["sha256"]}
-    checkpoints = [logbook.offline_path(env.name, "cpq", recipe, seed) for seed in seeds]
+    recipe |= {"code": [inspect.getsource(f) for f in OFFLINE_CODE]}
+    checkpoints = [logbook.offline_path(args.runs, env.name, "cpq", recipe, seed) for seed in seeds]
     learner = over_seeds(lambda key: start_phase(init_params(key, offline), offline))(key_for("init"))
     if all(path.exists() for path in checkpoints):
         learner = learner._replace(params=logbook.load_seeds(checkpoints, learner.params))
@@ -783,4 +814,4 @@ def main(args: Args) -> Path | None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    logbook.command(main, Args)

@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import envs
+from algos import logbook
 from algos.critics import Ensemble, symlog
 from algos.logbook import Logbook
 
@@ -53,6 +53,8 @@ class Args:
     """d, undiscounted cost per episode (Marvel: 20); inf: no constraint"""
     backend: str | None = None
     """physics backend (default: the fastest here)"""
+    runs: Path = logbook.ROOT / "runs"
+    """where run folders and offline checkpoints go"""
 
     env_steps: int = 250_000
     """online steps per seed, over all environments"""
@@ -114,7 +116,9 @@ class Args:
     """multiplier updates whose costs set the gains (apid)"""
 
     eval_episodes: int = 20
-    """episodes of the mean action per evaluation"""
+    """episodes per evaluation"""
+    eval_policy: Literal["sample", "mean"] = "sample"
+    """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action"""
     evals: int = 10
     """evaluations, evenly spaced, the last at the end"""
     snapshots: bool = False
@@ -421,6 +425,7 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episo
 
 
 def main(args: Args) -> Path:
+    logbook.check_numbers(args, set("cost_limit kp ki kd gain_rates".split()))
     env = envs.make(args.env, args.backend, privileged=args.privileged_critic)
     evaluation_env = envs.make(args.env, args.backend)
     args = replace(args, env=env.name)
@@ -436,8 +441,9 @@ def main(args: Args) -> Path:
     networks = online.networks
     policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
     mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
+    evaluated = policy if args.eval_policy == "sample" else mean_policy
     run_evaluate = over_seeds(
-        lambda actor, key: evaluate(partial(mean_policy, actor), key, evaluation_env, args.eval_episodes).means()
+        lambda actor, key: evaluate(partial(evaluated, actor), key, evaluation_env, args.eval_episodes).means()
     )
 
     learner = over_seeds(lambda key: start_phase(init_params(key, online), online))(key_for("init"))
@@ -478,4 +484,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    logbook.command(main, Args)

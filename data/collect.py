@@ -45,12 +45,20 @@ COMMON = (
 )
 SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --ki 0.0003"
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --ki 0.0003"
+ANT = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --ki 0.00012 --privileged-critic"
 SEES = " --privileged-critic"
 
 RECIPES: dict[str, tuple[Behaviour, ...]] = {
-    "SafetyPointRun": (
-        Behaviour(10.0, 200_000, 16, (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), SIXTEEN + SEES),
+    "SafetyPointRun": (Behaviour(10.0, 200_000, 16, (1, 2, 4, 5, 6, 8, 10, 12, 13, 14), SIXTEEN + SEES),),
+    "SafetyHalfCheetahVelocity": (
+        Behaviour(15.0, 600_000, 24, (1, 2, 3, 4, 5), SIXTEEN),
+        Behaviour(float("inf"), 200_000, 8, (2, 3, 4, 5), SIXTEEN),
     ),
+    "SafetyCarRun": (
+        Behaviour(15.0, 600_000, 24, (1, 3, 4, 5, 6, 8, 20, 24), MANY + SEES),
+        Behaviour(float("inf"), 250_000, 10, (1, 2, 4), MANY + SEES),
+    ),
+    "SafetyAntRun": (Behaviour(15.0, 3_000_000, 60, (1, 3, 5, 6, 8, 10, 11, 12, 15, 16, 18, 19), ANT),),
 }
 
 

@@ -28,6 +28,14 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="mujoco")
 
 
+class Workspace:
+    """One thread's MjData with views of its fields: MuJoCo's bindings make a new array at every attribute access."""
+
+    def __init__(self, model: mujoco.MjModel):
+        self.data = data = mujoco.MjData(model)
+        self.ctrl, self.qpos, self.qvel, self.sensors = data.ctrl, data.qpos, data.qvel, data.sensordata
+
+
 class MujocoPhysics:
     """Physics of `model`, `substeps` mj_steps per environment step, then mj_forward if `forward`.
 
@@ -56,7 +64,7 @@ class MujocoPhysics:
         return bits, Readings(*jnp.split(readings, np.cumsum(self.sizes)[:-1], axis=-1))
 
     def _on_host(self, rows, *args):
-        """Runs `rows(data, slice, states, readings, *args)` over slices of the rows, spread over the worker threads."""
+        """Runs `rows(workspace, slice, states, readings, *args)` over slices of the rows, spread over the workers."""
         args = [np.asarray(a) for a in args]
         # vmap adds axes in front; the last axis of the first argument is never a batch axis.
         batch = args[0].shape[:-1]
@@ -65,41 +73,46 @@ class MujocoPhysics:
         states, readings = np.zeros((n, self.state_size)), np.zeros((n, sum(self.sizes)), np.float32)
 
         def work(start, stop):
-            if not hasattr(self._local, "data"):
-                self._local.data = mujoco.MjData(self.model)
-            rows(self._local.data, slice(start, stop), states, readings, *args)
+            if not hasattr(self._local, "workspace"):
+                self._local.workspace = Workspace(self.model)
+            rows(self._local.workspace, slice(start, stop), states, readings, *args)
 
-        size = max(1, -(-n // (4 * WORKERS)))
-        for future in [_pool().submit(work, i, min(n, i + size)) for i in range(0, n, size)]:
-            future.result()
+        # Most environment steps reset nothing: do not wake the workers for that.
+        if rows != self._reset_rows or args[-1].any():
+            size = max(1, -(-n // (4 * WORKERS)))
+            for future in [_pool().submit(work, i, min(n, i + size)) for i in range(0, n, size)]:
+                future.result()
         return states.view(np.uint32).reshape(*batch, -1), readings.reshape(*batch, -1)
 
-    def _reset_rows(self, data, rows, states, readings, qpos, qvel, where):
+    def _reset_rows(self, w, rows, states, readings, qpos, qvel, where):
         for i in np.arange(len(where))[rows][where[rows]]:
-            mujoco.mj_resetData(self.model, data)
-            data.qpos[:], data.qvel[:] = qpos[i], qvel[i]
-            mujoco.mj_forward(self.model, data)
-            mujoco.mj_getState(self.model, data, states[i], STATE)
-            self.read(data, data.qpos, readings[i])
+            mujoco.mj_resetData(self.model, w.data)
+            w.qpos[:], w.qvel[:] = qpos[i], qvel[i]
+            mujoco.mj_forward(self.model, w.data)
+            mujoco.mj_getState(self.model, w.data, states[i], STATE)
+            self.read(states[i], states[i], w.sensors, readings[i])
 
-    def _step_rows(self, data, rows, states, readings, bits, control):
-        before = bits[rows].view(np.float64)
-        for i, state, ctrl in zip(range(rows.start, rows.stop), before, control[rows]):
-            self.step_row(data, state, ctrl, states[i], readings[i])
+    def _step_rows(self, w, rows, states, readings, bits, control):
+        before, after = bits[rows].view(np.float64), states[rows]
+        sensors = np.empty((len(before), self.model.nsensordata))
+        for row in zip(before, control[rows], after, sensors):
+            self.step_row(w, *row)
+        self.read(before, after, sensors, readings[rows])
 
-    def step_row(self, data: mujoco.MjData, before: np.ndarray, control: np.ndarray, after: np.ndarray, readings: np.ndarray):
-        """One environment step of one float64 state row (state_size,) into the rows `after` and `readings`."""
-        mujoco.mj_setState(self.model, data, before, STATE)
-        data.ctrl[:] = control
-        mujoco.mj_step(self.model, data, self.substeps)
+    def step_row(self, w: Workspace, before: np.ndarray, control: np.ndarray, after: np.ndarray, sensors: np.ndarray):
+        """One environment step from a float64 state (state_size,) into the rows `after` and `sensors` (nsensordata,)."""
+        mujoco.mj_setState(self.model, w.data, before, STATE)
+        w.ctrl[:] = control
+        mujoco.mj_step(self.model, w.data, self.substeps)
         if self.forward:
-            mujoco.mj_forward(self.model, data)
-        mujoco.mj_getState(self.model, data, after, STATE)
-        self.read(data, before[: self.model.nq], readings)
+            mujoco.mj_forward(self.model, w.data)
+        mujoco.mj_getState(self.model, w.data, after, STATE)
+        sensors[:] = w.sensors
 
-    def read(self, data: mujoco.MjData, qpos_before: np.ndarray, out: np.ndarray) -> None:
-        """Fills `out` (sum(sizes),) with the Readings of `data`."""
+    def read(self, before: np.ndarray, after: np.ndarray, sensors: np.ndarray, out: np.ndarray) -> None:
+        """Fills `out` (..., sum(sizes)) with the Readings of a step between float64 states (..., state_size)."""
         nq, nv = self.sizes[:2]
-        out[:nq], out[nq : nq + nv] = data.qpos, data.qvel
-        np.subtract(data.qpos, qpos_before, out=out[nq + nv : 2 * nq + nv], casting="same_kind")
-        out[2 * nq + nv :] = data.sensordata
+        # A state begins with qpos and qvel.
+        out[..., : nq + nv] = after[..., : nq + nv]
+        np.subtract(after[..., :nq], before[..., :nq], out=out[..., nq + nv : 2 * nq + nv], casting="same_kind")
+        out[..., 2 * nq + nv :] = sensors

@@ -1,6 +1,7 @@
 """Safety-Gymnasium's robots: their models, observations, starting poses and ways to die (safety_gymnasium 1.0.0, agents/)."""
 
 import importlib.util
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +11,19 @@ import mujoco
 import numpy as np
 
 from envs.core import Readings
+
+
+def _on_mujoco_warning(message: str) -> None:
+    # gymnasium's half_cheetah.xml uses an attribute that MuJoCo has deprecated: nothing that a user could do about it.
+    deprecated = "settotalmass" in message and "deprecated" in message
+    logging.getLogger("mujoco").log(logging.DEBUG if deprecated else logging.WARNING, message.strip())
+
+
+# Left alone, MuJoCo prints its warnings and appends them to MUJOCO_LOG.TXT in the working directory. The handler is the
+# whole process's, so one that somebody set before stays. Installed here because every module that loads a model imports
+# this one first. It is called in whichever thread steps, with the GIL held; `logging` locks for itself.
+if mujoco.get_mju_user_warning() is None:
+    mujoco.set_mju_user_warning(_on_mujoco_warning)
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -42,40 +56,43 @@ class Robot:
         return mujoco.MjModel.from_xml_path(str(package_file("safety_gymnasium", "assets", "xmls", self.xml)))
 
     @cached_property
-    def _layout(self) -> list[tuple[str, np.ndarray]]:
-        """The observation's blocks in the reference's order (bases/base_agent.py): (kind, indices into the sensors)."""
-        model, blocks = self.model, {k: [] for k in ("plain", "hinge_vel", "ball_vel", "height", "spin", "hinge", "ball")}
+    def _layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(order, hinges, balls): `hinges` (h,) and `balls` (b, 4) are the sensors that hold hinges' angles and balls'
+        quaternions; `order` (obs_size,) puts [sensors, sin(hinges), cos(hinges), matrices of balls] into the reference's
+        order (bases/base_agent.py)."""
+        model, blocks = self.model, {k: [] for k in ("plain", "hinge_vel", "ball_vel", "height", "spin")}
+        hinges, balls = [], []
         sensor_type, joint_type = mujoco.mjtSensor, mujoco.mjtJoint
         for i in range(model.nsensor):
             name, kind = model.sensor(i).name, model.sensor_type[i]
-            index = np.arange(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i])
+            index = list(range(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i]))
             if name in ("accelerometer", "velocimeter", "gyro", "magnetometer"):
-                blocks["plain"].append(index)
+                blocks["plain"] += index
             elif name == "agent_pos":
-                blocks["height"].append(index[2:])
+                blocks["height"] += index[2:]
             elif name == "agent_qvel":
-                blocks["spin"].append(index)
+                blocks["spin"] += index
             elif kind == sensor_type.mjSENS_BALLQUAT:
-                blocks["ball"].append(index)
+                balls.append(index)
             elif kind == sensor_type.mjSENS_BALLANGVEL:
-                blocks["ball_vel"].append(index)
+                blocks["ball_vel"] += index
             elif kind == sensor_type.mjSENS_JOINTPOS and model.jnt_type[model.sensor_objid[i]] == joint_type.mjJNT_HINGE:
-                blocks["hinge"].append(index)
+                hinges += index
             elif kind == sensor_type.mjSENS_JOINTVEL:
-                blocks["hinge_vel"].append(index)
-        return [(kind, index) for kind, indices in blocks.items() for index in indices]
+                blocks["hinge_vel"] += index
+        sin = model.nsensordata + np.arange(len(hinges))
+        sin_cos = np.stack([sin, sin + len(hinges)], 1).ravel()
+        matrices = model.nsensordata + 2 * len(hinges) + np.arange(9 * len(balls))
+        order = np.concatenate([*blocks.values(), sin_cos, matrices]).astype(int)
+        return order, np.array(hinges, int), np.array(balls, int).reshape(-1, 4)
 
     def observe(self, r: Readings) -> jax.Array:
         """The sensor part of the observation; angles as (sin, cos), ball joints as rotation matrices."""
-        parts = []
-        for kind, index in self._layout:
-            value = r.sensors[..., index]
-            if kind == "hinge":
-                value = jnp.concatenate([jnp.sin(value), jnp.cos(value)], -1)
-            elif kind == "ball":
-                value = quaternion_matrix(value).reshape(*value.shape[:-1], 9)
-            parts.append(value)
-        return jnp.concatenate(parts, -1)
+        # One gather at the end: a slice per sensor takes XLA seconds to compile for Ant.
+        order, hinges, balls = self._layout
+        angles = r.sensors[..., hinges]
+        matrices = quaternion_matrix(r.sensors[..., balls]).reshape(*r.sensors.shape[:-1], 9 * len(balls))
+        return jnp.concatenate([r.sensors, jnp.sin(angles), jnp.cos(angles), matrices], -1)[..., order]
 
     def pose(self, key: jax.Array, x: jax.Array, y: jax.Array, yaw: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(qpos (nq,), qvel (nv,)) at rest at (x, y) with heading yaw; `key` for what the robot itself randomises."""
