@@ -267,6 +267,16 @@ def episodes(dataset: Dataset) -> Episodes:
     return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
 
 
+def in_safe_trajectories(dataset: Dataset, cost_limit: float, quantile: float = 0.0) -> np.ndarray:
+    """(N,) bool: the transition belongs to a complete trajectory whose cost is at most `cost_limit`, and whose return is
+    at least the `quantile` (0 to 1) of such trajectories' returns."""
+    found = episodes(dataset)
+    safe = found.complete & (found.costs <= cost_limit)
+    if safe.any():
+        safe &= found.returns >= np.quantile(found.returns[safe], quantile)
+    return np.repeat(safe, found.lengths.astype(np.int64))
+
+
 def describe(dataset: Dataset, cost_limit: float) -> dict[str, Any]:
     """Summarises a dataset against a cost limit per trajectory; JSON-able.
 
