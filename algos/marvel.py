@@ -83,7 +83,7 @@ class Args:
     reward_scale: float = 0.1
     """factor on rewards before the critics see them (OSRL: 0.1)"""
 
-    offline_steps: int = 20_000
+    offline_steps: int = 10_000
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
     offline_batch_size: int = 256
     """phase 1: transitions per gradient step (OSRL: 512)"""
@@ -91,10 +91,14 @@ class Args:
     """phase 1: Adam step size of the actor (OSRL: 1e-4)"""
     offline_critic_lr: float = 1e-3
     """phase 1: Adam step size of critics and VAE (OSRL: 1e-3)"""
-    dual_lr: float = 1e-3
+    dual_lr: float = 1e-4
     """phase 1: Adam step size of log alpha of the OOD constraint (OSRL: 1e-4)"""
-    cloning_weight: float = 0.1
+    cloning_weight: float = 1.0
     """phase 1: weight of behaviour cloning beside the (normalised) Q in the actor's loss; CPQ has 0"""
+    cloning_quantile: float = 0.75
+    """phase 1: clone the safe trajectories whose return is at or above this quantile of theirs"""
+    init_dual: float = 0.01
+    """phase 1: initial weight alpha of the OOD constraint"""
     vae_hidden: tuple[int, ...] = (128, 128)
     """phase 1: hidden layers of the VAE's encoder and decoder (OSRL: 400)"""
     vae_beta: float = 0.5
@@ -104,7 +108,7 @@ class Args:
     ood_states: int = 64
     """phase 1: states of the batch that those actions are drawn for"""
 
-    vpa_steps: int = 10_000
+    vpa_steps: int = 5_000
     """phase 2: gradient steps (release: 20,000); 0 leaves phase 2 out"""
     vpa_batch_size: int = 256
     """phase 2: transitions per gradient step (release: 64)"""
@@ -127,11 +131,11 @@ class Args:
     """phase 3: transitions per gradient step (release: 64)"""
     buffer_size: int = 1_000_000
     """phase 3: replay capacity, transitions"""
-    actor_lr: float = 1e-4
+    actor_lr: float = 3e-5
     """phase 3: Adam step size of the actor"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
-    entropy_weight: float = 0.001
+    entropy_weight: float = 0.01
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
@@ -258,7 +262,7 @@ def init_params(key, fixed: Fixed) -> dict:
         "actor": init("actor", keys[0], obs),
         "critics": {"reward": init("reward", keys[1], obs, action), "cost": init("cost", keys[2], obs, action)},
         "vae": init("vae", keys[3], obs, action, keys[3]),
-        "log_dual": jnp.float32(0),
+        "log_dual": jnp.log(jnp.float32(fixed.args.init_dual)),
     }
 
 
@@ -400,15 +404,14 @@ def dual_loss(log_dual, qc_ood, qc_thres):
     return jnp.exp(log_dual) * jax.lax.stop_gradient(qc_ood - qc_thres)
 
 
-def cpq_actor_loss(actor, critics, batch, key, fixed: Fixed):
-    """-1[Qc <= q_thres] min_i Q_i of the policy's own actions, plus a little behaviour cloning (deviation 4)."""
+def cpq_actor_loss(actor, critics, batch, safe, key, fixed: Fixed):
+    """-1[Qc <= q_thres] min_i Q_i of the policy's own actions, beside cloning of safe trajectories (deviation 4)."""
     networks, q_thres = fixed.networks, thresholds(fixed.args, fixed.env.horizon)[0]
-    mean, log_std = networks["actor"].apply(actor, batch.obs)
-    action, log_prob = sample_action(key, mean, log_std)
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
     q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
     qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
     scale = jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-3)
-    cloning = -jnp.mean(log_probability(batch.action, mean, log_std))
+    cloning = -jnp.mean(log_probability(safe.action, *networks["actor"].apply(actor, safe.obs)))
     loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q) / scale + fixed.args.cloning_weight * cloning
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
@@ -598,8 +601,9 @@ def rank_correlations(critics, own: Points, random: Points, networks) -> dict:
 # ---------------------------------------------------------------- one gradient step of each phase
 
 
-def offline_step(learner: Learner, batch: Batch, key, fixed: Fixed):
-    """Phase 1, CPQ: VAE, both critics, the OOD constraint's dual, actor."""
+def offline_step(learner: Learner, batches: tuple[Batch, Batch], key, fixed: Fixed):
+    """Phase 1, CPQ: VAE, both critics, the OOD constraint's dual, actor; batches of all and of safe trajectories."""
+    batch, safe = batches
     key_vae, key_ood, key_critic, key_actor = jax.random.split(key, 4)
     gradient, _ = jax.grad(vae_loss, has_aux=True)(learner.params["vae"], batch, key_vae, fixed)
     learner = descend(learner, fixed, "vae", gradient)
@@ -612,14 +616,15 @@ def offline_step(learner: Learner, batch: Batch, key, fixed: Fixed):
     learner = descend(learner, fixed, "log_dual", jax.grad(dual_loss)(learner.params["log_dual"], info["qc_ood"], qc_thres))
     learner.params["log_dual"] = jnp.clip(learner.params["log_dual"], -5.0, 5.0)
     gradient, actor_info = jax.grad(cpq_actor_loss, has_aux=True)(
-        learner.params["actor"], learner.params["critics"], batch, key_actor, fixed
+        learner.params["actor"], learner.params["critics"], batch, safe, key_actor, fixed
     )
     learner = descend(learner, fixed, "actor", gradient)
     return follow(learner, fixed), {**info, **actor_info, "ood_weight": jnp.exp(learner.params["log_dual"])}
 
 
-def vpa_step(learner: Learner, batch: Batch, key, fixed: Fixed):
+def vpa_step(learner: Learner, batches: tuple[Batch], key, fixed: Fixed):
     """Phase 2, value pre-alignment: both critics evaluate the frozen offline policy under the online objective."""
+    (batch,) = batches
     weights = (fixed.args.vpa_alpha_reward, fixed.args.vpa_alpha_cost)
     gradient, info = jax.grad(critic_loss, has_aux=True)(
         learner.params["critics"], learner.params["actor"], learner.targets, weights, batch, key, fixed
@@ -644,12 +649,13 @@ def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
 # ---------------------------------------------------------------- one block of each phase
 
 
-def learn_offline(learner: Learner, data: Batch, key, step, batch_size: int, steps: int, fixed: Fixed):
-    """`steps` gradient steps on minibatches of the dataset; phases 1 and 2."""
+def learn_offline(learner: Learner, data: tuple[Batch, ...], key, step, batch_size: int, steps: int, fixed: Fixed):
+    """`steps` gradient steps on minibatches of each of `data`; phases 1 and 2."""
 
     def one(learner, key):
-        key_batch, key_step = jax.random.split(key)
-        return step(learner, sample(key_batch, data, batch_size, data.reward.shape[0]), key_step, fixed)
+        *keys, key_step = jax.random.split(key, len(data) + 1)
+        batches = tuple(sample(k, d, batch_size, d.reward.shape[0]) for k, d in zip(keys, data))
+        return step(learner, batches, key_step, fixed)
 
     learner, info = jax.lax.scan(one, learner, jax.random.split(key, steps))
     return learner, jax.tree.map(jnp.mean, info)
@@ -681,7 +687,7 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, n
 
 OFFLINE_FIELDS = (
     "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
-    "offline_critic_lr dual_lr cloning_weight vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes eval_policy"
+    "offline_critic_lr dual_lr init_dual cloning_weight cloning_quantile vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes eval_policy"
 ).split()
 OFFLINE_CODE = (Actor, VAE, log_probability, ood_actions, vae_loss, cpq_critic_loss, dual_loss, cpq_actor_loss, offline_step)
 ZERO_ALLOWED = set(
@@ -715,6 +721,9 @@ def main(args: Args) -> Path | None:
     )
     flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
+    safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
+    if safe.reward.shape[0] == 0:
+        raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
     log = Logbook("marvel", env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
 
     over_seeds = lambda f, in_axes=0, **options: jax.jit(jax.vmap(f, in_axes), **options)
@@ -753,7 +762,7 @@ def main(args: Args) -> Path | None:
         log.phase("offline", args.offline_steps, "steps")
         show("offline", learner, 0, 0)
         for block in range(1, blocks + 1):
-            learner, info = run(learner, data, key_for("offline", block))
+            learner, info = run(learner, (data, safe), key_for("offline", block))
             log.log("offline", "train", gradient_steps=block * CHUNK, env_steps=0, **info)
             log.advance(CHUNK)
             if block in evaluate_at:
@@ -778,7 +787,7 @@ def main(args: Args) -> Path | None:
         run = over_seeds(step, (0, None, 0))
         log.phase("vpa", args.vpa_steps, "steps")
         for block in range(1, args.vpa_steps // CHUNK + 1):
-            learner, info = run(learner, data, key_for("vpa", block))
+            learner, info = run(learner, (data,), key_for("vpa", block))
             log.log("vpa", "train", gradient_steps=done + block * CHUNK, env_steps=0, **info)
             log.advance(CHUNK)
         done += args.vpa_steps

@@ -1,7 +1,9 @@
 """Probe environments: so small that returns, costs, values and optima are known in closed form.
 
-They have what algos use of `envs.Env`: the same attributes, pure batched `reset` and `step`, episodes that restart by themselves.
-A probe's clock lies in its physics and not in `EnvState.t`, as a robot's does: who resets `t` postpones the time-out only.
+They have what algos use of `envs.Env`: the same attributes, pure batched `reset` and `step`, episodes that restart by
+themselves.
+A probe's clock lies in its physics and not in `EnvState.t`, as a robot's does: who resets `t` postpones the time-out
+only.
 """
 
 import jax
@@ -48,14 +50,17 @@ class Probe:
         fresh, fresh_obs = self.reset(state.key)
         pick = lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - done.ndim)), new, old)
         after = envs.EnvState(
-            jax.tree.map(pick, fresh.physics, physics), jnp.where(done, 0, state.t + 1), jnp.where(done, fresh.key, state.key)
+            jax.tree.map(pick, fresh.physics, physics), jnp.where(done, 0, state.t + 1),
+            jnp.where(done, fresh.key, state.key),
         )
         return after, envs.Transition(pick(fresh_obs, next_obs), next_obs, reward, cost, terminated, truncated)
 
 
 class Constant(Probe):
-    """The same reward and cost in every step. Episodes end by time-out after `horizon` steps, or, with `terminal_at`, in a
-    terminal state after that many. The observation is the clock, one-hot (a single 1 without `terminal_at`: nothing changes)."""
+    """The same reward and cost in every step. Episodes end by time-out after `horizon` steps, or, with `terminal_at`,
+    in a
+    terminal state after that many. The observation is the clock, one-hot (a single 1 without `terminal_at`: nothing
+    changes)."""
 
     def __init__(self, reward: float, cost: float, horizon: int, terminal_at: int | None = None):
         super().__init__(horizon, 1 if terminal_at is None else terminal_at + 1)
@@ -93,7 +98,8 @@ class DelayedCost(Probe):
 class OneStep(Probe):
     """A constrained bandit: reward a, cost max(a, 0)^2, then a terminal state.
 
-    The squared cost makes the Lagrangian a - lambda a^2 strictly concave: under E[cost] <= d the best action is sqrt(d), with
+    The squared cost makes the Lagrangian a - lambda a^2 strictly concave: under E[cost] <= d the best action is
+    sqrt(d), with
     multiplier 1 / (2 sqrt(d)). (With a linear cost every action is as good as any other at the optimal multiplier.)"""
 
     def __init__(self):
@@ -108,8 +114,10 @@ class OneStep(Probe):
 
 
 class Staggered(Probe):
-    """An episode's length n is drawn from 1..horizon+1, so that some end in a terminal state after n steps, some by time-out
-    after `horizon`, some (n = horizon) by both. Reward n per step, cost the number of steps before. Observation: (n, clock)."""
+    """An episode's length n is drawn from 1..horizon+1, so that some end in a terminal state after n steps, some by
+    time-out
+    after `horizon`, some (n = horizon) by both. Reward n per step, cost the number of steps before. Observation: (n,
+    clock)."""
 
     def __init__(self, horizon: int):
         super().__init__(horizon, 2)
