@@ -74,7 +74,7 @@ class Args:
 
     gamma: float = 0.99
     """discount of all critics"""
-    tau: float = 0.005
+    tau: float = 0.02
     """rate of the target critics' moving average"""
     hidden: tuple[int, ...] = (128, 128)
     """hidden layers of actor and critics (release: 256)"""
@@ -108,7 +108,7 @@ class Args:
     ood_states: int = 64
     """phase 1: states of the batch that those actions are drawn for"""
 
-    vpa_steps: int = 5_000
+    vpa_steps: int = 10_000
     """phase 2: gradient steps (release: 20,000); 0 leaves phase 2 out"""
     vpa_batch_size: int = 256
     """phase 2: transitions per gradient step (release: 64)"""
@@ -125,13 +125,13 @@ class Args:
     """phase 3: rounds of episodes and gradient steps"""
     episodes_per_iter: int = 5
     """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
-    updates_per_iter: int = 200
+    updates_per_iter: int = 300
     """phase 3: gradient steps per iteration (release: 20)"""
     batch_size: int = 256
     """phase 3: transitions per gradient step (release: 64)"""
     buffer_size: int = 1_000_000
     """phase 3: replay capacity, transitions"""
-    actor_lr: float = 3e-5
+    actor_lr: float = 5e-5
     """phase 3: Adam step size of the actor"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
@@ -165,11 +165,11 @@ class Args:
     """episodes per evaluation"""
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action"""
-    offline_evals: int = 4
+    offline_evals: int = 2
     """evaluations during phase 1"""
-    evals: int = 10
+    evals: int = 5
     """evaluations during phase 3, evenly spaced, the last at the end"""
-    rank_points: int = 64
+    rank_points: int = 32
     """starting points of the rank diagnostic before and after phase 2, of either kind; 0 leaves it out"""
     eval: Path | None = None
     """replay this checkpoint instead of training, and print return and cost"""

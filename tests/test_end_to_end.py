@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
 TINY = {
     "marvel": "--offline-steps 500 --vpa-steps 500 --iterations 2 --evals 1 --offline-evals 1 --eval-episodes 2 "
-    "--rank-points 8 --updates-per-iter 20 --hidden 32 32 --vae-hidden 32 32 --buffer-size 10000",
+    "--rank-points 8 --dataset point.hdf5 --updates-per-iter 20 --hidden 32 32 --vae-hidden 32 32 --buffer-size 10000",
     "sac_lag": "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 "
     "--hidden 32 32 --buffer-size 10000",
 }
@@ -45,7 +46,10 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("end_to_end")
+    """The working directory of all runs, with a dataset of its own: the repository's may be remade while tests run."""
+    place = tmp_path_factory.mktemp("end_to_end")
+    shutil.copy(dsrl.default_path(ENV), place / "point.hdf5")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +68,14 @@ def finished(place):
 
 
 @pytest.mark.parametrize("algo", TINY)
-def test_run_leaves_a_whole_folder(algo, finished):
+def test_run_leaves_a_whole_folder(algo, place, finished):
     done, folder = finished(algo)
     assert str(folder) in done.stdout
     config = json.loads((folder / "config.json").read_text())
     assert set(config["versions"]) >= {"jax", "flax", "optax", "numpy", "mujoco"}
     assert re.fullmatch(r"[0-9a-f]{12}\+?", config["commit"]) and re.fullmatch(r"[0-9a-f]{12}", config["config_hash"])
     if algo == "marvel":
-        assert config["dataset"]["sha256"] == dsrl.sha256(dsrl.default_path(ENV))
+        assert config["dataset"]["sha256"] == dsrl.sha256(place / "point.hdf5")
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     tree, meta = logbook.load(folder / "checkpoint-seed0.safetensors")
     assert meta["env"] == ENV and meta["config_hash"] == config["config_hash"]

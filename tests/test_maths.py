@@ -833,10 +833,7 @@ def test_monte_carlo_stops_at_terminal_states(variant):
 
 
 def test_monte_carlo_takes_the_recorded_action_first():
-    """The recorded (obs, action) is the pair that the return starts from: `explore`'s action, then `policy`'s.
-    DelayedCost has
-    half a horizon of one step, from its start: reward 0 and no cost yet; OneStep with a longer clock shows the
-    action."""
+    """The return starts with the recorded action, which is `explore`'s and not `policy`'s."""
     env, args = probes.OneStep(), marvel.Args(gamma=0.9, reward_scale=0.1)
     env.horizon = 2
     explore = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], 1), minval=-1.0)
