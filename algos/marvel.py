@@ -8,7 +8,7 @@ whose offline configuration and dataset match; phases 2 and 3 start from it.
     1  VAE: |a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I))                             vae_loss
        OOD actions: the quarter of a ~ pi(.|s) with the largest KL                             ood_actions
        y_r = r + gamma (1-term.) 1[Qc'(s',a') <= q_thres] min_i Q'_i(s',a')                    cpq_critic_loss
-       y_c = c + gamma (1-term.) Qc'(s',a');  loss -= alpha (E_ood Qc - qc_thres)              cpq_critic_loss
+       y_c = c + gamma (1-term.) Qc'(s',a');  loss -= alpha min(0, E_ood Qc - qc_thres)      cpq_critic_loss
        alpha >= 0 (dual): ascends alpha (qc_thres - E_ood Qc)                                  dual_loss
        maximise 1[Qc(s,a) <= q_thres] min_i Q_i(s,a)                                           cpq_actor_loss
        q_thres = d (1-gamma^T)/(1-gamma)/T,  qc_thres = 1.5 q_thres                            thresholds
@@ -25,15 +25,22 @@ outweighs lambda / reward_scale of raw reward.
 Deviations, P from the paper, R from the released code:
  1 (R) VPA's entropy terms are per sample, not the batch mean of the log-probability (a constant cannot rank actions).
  2 (R) The OOD penalty has a gradient: it goes through the online cost critic (OSRL's CPQ takes the target's, without one).
- 3 (P, R) The OOD penalty is estimated on `ood_states` of the batch's states, and only the quarter that counts goes through the
-   cost critic: the same expectation for a fraction of the work.
- 4 (R) One multiplier update per batch of newly ended episodes; tanh on Kp as in the paper; divisions by d; gains within 10x.
- 5 (R) Time-outs bootstrap; only terminal states stop. Optimisers start afresh in every phase, at that phase's rates.
- 6 (R) One setting for all tasks, no per-task overrides.
- 7 (P, R) symlog observations and LayerNorm critics.
+ 3 (P, R) The OOD penalty is estimated on `ood_states` of the batch's states; only the far quarter goes through the cost critic
+   (the same expectation for less work); an action counts only if its KL is beyond that of 99% of the batch's own actions;
+   the penalty acts while E_ood Qc < qc_thres, alpha starts at `init_dual`, and Qc' is clipped to [0, 1/(1-gamma)]. Without
+   these the penalty lifts Qc past q_thres everywhere, 1[Qc <= q_thres] is 0 for every action, and nothing is learned.
+ 4 (P, R) The offline actor also clones the best safe trajectories (`cloning_weight`, `cloning_quantile`); for the same reason:
+   the gate opens only around a policy that is nearly safe.
+ 5 (R) One multiplier update per batch of newly ended episodes; tanh on Kp as in the paper; divisions by d; gains within 10x.
+ 6 (R) Time-outs bootstrap; only terminal states stop. Optimisers start afresh in every phase, at that phase's rates.
+ 7 (R) One setting for all tasks, no per-task overrides.
+ 8 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02: VPA must have converged before phase 3 starts
+   (at tau 0.005 and 3,000 steps Q is a quarter of its value, and the first online updates undo the policy).
+ 9 (P, R) Evaluations sample the policy, whose cost the multiplier controls; --eval-policy mean for the mean action.
 """
 
 import inspect
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -42,6 +49,7 @@ from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,7 +58,7 @@ import optax
 
 import envs
 from algos import logbook
-from algos.critics import Ensemble, symlog
+from algos.critics import Critic, Ensemble, symlog
 from algos.logbook import Logbook
 from data import dsrl
 
@@ -320,6 +328,8 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     1 + b (m-d)/d, 1 + c s/d), m and s the mean and standard deviation of the recent costs, within [K0/10, 10 K0].
     """
     limit, decay = args.cost_limit, args.pid_decay
+    if math.isinf(limit):  # no constraint
+        return m
     error = cost - limit
     ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
     error_ema = ema(m.error_ema, error)
@@ -393,6 +403,7 @@ def cpq_critic_loss(critics, params: dict, targets, batch, ood, key, fixed: Fixe
     ood_obs, ood_action, weight = ood
     qc_ood = networks["cost"].apply(critics["cost"], ood_obs, ood_action)[0]
     qc_ood = qc_thres + jnp.sum(weight * (qc_ood - qc_thres)) / jnp.maximum(weight.sum(), 1.0)
+    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     penalty = jnp.exp(params["log_dual"]) * jnp.minimum(qc_ood - qc_thres, 0.0)
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean(), "qc_ood": qc_ood}
@@ -427,6 +438,7 @@ def critic_loss(critics, actor, targets, entropy_weights, batch, key, fixed: Fix
     cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
     q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
     qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
+    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info
@@ -584,8 +596,10 @@ def monte_carlo_points(explore, policy, key, env: envs.Env, n: int, args: Args) 
 
 def spearman(x, y):
     """Spearman's rank correlation of x and y (n,), ties at their mean rank; NaN if either is constant."""
+    chex.assert_equal_shape([x, y])
     rank = lambda v: jnp.sum(v[:, None] > v, 1) + 0.5 * jnp.sum(v[:, None] == v, 1)
-    return jnp.corrcoef(rank(x), rank(y))[0, 1]
+    constant = jnp.all(x == x[0]) | jnp.all(y == y[0])  # corrcoef's rounding would make something of it
+    return jnp.where(constant, jnp.nan, jnp.corrcoef(rank(x), rank(y))[0, 1])
 
 
 def rank_correlations(critics, own: Points, random: Points, networks) -> dict:
@@ -689,7 +703,10 @@ OFFLINE_FIELDS = (
     "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
     "offline_critic_lr dual_lr init_dual cloning_weight cloning_quantile vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes eval_policy"
 ).split()
-OFFLINE_CODE = (Actor, VAE, log_probability, ood_actions, vae_loss, cpq_critic_loss, dual_loss, cpq_actor_loss, offline_step)
+OFFLINE_CODE = (  # a change in any of these makes another checkpoint
+    Actor, VAE, Critic, Ensemble, build, init_params, descend, follow, sample_action, log_probability, thresholds, gaussian_kl,
+    vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, offline_step, learn_offline, sample,
+)  # fmt: skip
 ZERO_ALLOWED = set(
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight kp ki kd gain_rates rank_points".split()
 )
@@ -699,6 +716,8 @@ CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's policy."""
     tree, meta = logbook.load(args.eval)
+    if "actor" not in tree or not {"env", "config"} <= meta.keys():
+        raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
     env = envs.make(meta["env"], args.backend)
     actor = Actor(tuple(meta["config"]["hidden"]), env.action_size)
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))

@@ -21,6 +21,7 @@ never twice on the same costs; (3) --privileged-critic shows the critics what th
 (data collection only: the policy never sees it).
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -236,6 +238,8 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     1 + b (m-d)/d, 1 + c s/d), m and s the mean and standard deviation of the recent costs, within [K0/10, 10 K0].
     """
     limit, decay = args.cost_limit, args.pid_decay
+    if math.isinf(limit):  # no constraint
+        return m
     error = cost - limit
     ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
     error_ema = ema(m.error_ema, error)
@@ -267,6 +271,7 @@ def critic_loss(critics, params: dict, targets, batch, key, fixed: Fixed):
     cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
     q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
     qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
+    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info
@@ -426,6 +431,8 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episo
 
 def main(args: Args) -> Path:
     logbook.check_numbers(args, set("cost_limit kp ki kd gain_rates".split()))
+    if args.env_steps < args.num_envs * args.steps_per_block:
+        raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
     env = envs.make(args.env, args.backend, privileged=args.privileged_critic)
     evaluation_env = envs.make(args.env, args.backend)
     args = replace(args, env=env.name)

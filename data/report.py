@@ -1,0 +1,77 @@
+"""Writes data/README.md and a reward-cost scatter plot per dataset: `python -m data.report [--cost-limit 20]`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from data import dsrl
+
+HERE = Path(__file__).parent
+INTRODUCTION = """# Datasets
+
+Made by `python -m data.collect --env ENV` from the behaviour policies in `policies/`; this page by `python -m data.report`.
+The policies are from-scratch SAC-Lagrangian (`algos/sac_lag.py`) at several cost limits and training stages, listed in
+`data/collect.py`; their critics, never the policies, saw the position that Run's observation lacks. Rollouts are stochastic and
+the same for the same key on the same machine. Retraining (`--train`) gives policies of the same kind, not the same bits.
+Observations are rounded to 14 bits of mantissa (a relative 3e-5) to keep each file below 20 MB. `--transitions N` makes a larger one.
+
+Quantiles are the 10th / 50th / 90th percentile over trajectories; a trajectory is safe if its cost is at most {limit:g}.
+
+| dataset | MB | transitions | trajectories | length | return | cost | safe share | safe return | best safe return | sha256 |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Args:
+    cost_limit: float = 20.0
+    """trajectories up to this cost are safe"""
+
+
+def quantiles(x: np.ndarray) -> str:
+    return " / ".join(f"{q:.0f}" for q in np.quantile(x, [0.1, 0.5, 0.9])) if len(x) else "none"
+
+
+def scatter(env: str, found: dsrl.Episodes, cost_limit: float) -> None:
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    safe = found.costs <= cost_limit
+    axis.scatter(found.costs[safe], found.returns[safe], s=9, color="C2", label="safe")
+    axis.scatter(found.costs[~safe], found.returns[~safe], s=9, color="C3", label="unsafe")
+    axis.axvline(cost_limit, color="0.4", lw=1, ls="--", label=f"limit {cost_limit:g}")
+    axis.set(xlabel="episode cost", ylabel="episode return", title=env)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / f"{env}.png", dpi=90)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    text = INTRODUCTION.format(limit=args.cost_limit)
+    behaviours = ""
+    for path in sorted(HERE.glob("*.hdf5")):
+        dataset, about = dsrl.load(path)
+        found, env = dsrl.episodes(dataset), path.stem
+        safe = found.costs <= args.cost_limit
+        scatter(env, found, args.cost_limit)
+        best = f"{found.returns[safe].max():.0f}" if safe.any() else "none"
+        text += (
+            f"| {env} | {path.stat().st_size / 1e6:.1f} | {len(dataset.rewards):,} | {len(found.returns)} | {quantiles(found.lengths)} "
+            f"| {quantiles(found.returns)} | {quantiles(found.costs)} | {safe.mean():.2f} | {quantiles(found.returns[safe])} "
+            f"| {best} | {about['sha256'][:12]} |\n"
+        )
+        stages = {}
+        for policy in json.loads(about["policies"]):
+            stages.setdefault(policy["cost_limit"], []).append(f"{policy['env_steps'] / 1e3:.0f}k")
+        behaviours += f"\n![{env}]({env}.png)\n\n{env}: " + "; ".join(f"limit {k} at {', '.join(v)} steps" for k, v in stages.items()) + ".\n"
+    (HERE / "README.md").write_text(text + behaviours)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
