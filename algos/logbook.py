@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,9 @@ def check_numbers(args, zero_allowed: set[str], multiples: dict[str, int] = {}) 
 
 
 def commit() -> str:
-    """The repository's commit, with `+` if files differ from it; empty outside a checkout."""
+    """The repository's commit, with `+` if files differ from it; empty outside a checkout or without git."""
+    if not shutil.which("git"):
+        return ""
     git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 

@@ -129,7 +129,7 @@ class Args:
     critics: Literal["pretrained", "fresh"] = "pretrained"
     """phase 2: critics to start from (fresh: a control)"""
 
-    iterations: int = 100
+    iterations: int = 50
     """phase 3: rounds of episodes and gradient steps"""
     episodes_per_iter: int = 5
     """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
@@ -143,7 +143,7 @@ class Args:
     """phase 3: Adam step size of the actor"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
-    entropy_weight: float = 0.01
+    entropy_weight: float = 0.001
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
