@@ -133,17 +133,17 @@ class Args:
     """phase 3: rounds of episodes and gradient steps"""
     episodes_per_iter: int = 5
     """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
-    updates_per_iter: int = 300
+    updates_per_iter: int = 200
     """phase 3: gradient steps per iteration (release: 20)"""
     batch_size: int = 256
     """phase 3: transitions per gradient step (release: 64)"""
     buffer_size: int = 1_000_000
     """phase 3: replay capacity, transitions"""
-    actor_lr: float = 5e-5
+    actor_lr: float = 3e-5
     """phase 3: Adam step size of the actor"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
-    entropy_weight: float = 0.001
+    entropy_weight: float = 0.01
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
