@@ -140,10 +140,12 @@ class Logbook:
         self.folder.mkdir(parents=True)
         config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}
         self.seeds = seeds
+        if dataset and Path(dataset["path"]).is_relative_to(ROOT):  # a path that means the same on other machines
+            dataset = dataset | {"path": str(Path(dataset["path"]).relative_to(ROOT))}
         packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
-            "command": " ".join(sys.argv), "versions": {p: importlib.metadata.version(p) for p in packages},
+            "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip
         (self.folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str) + "\n")
@@ -161,7 +163,8 @@ class Logbook:
         """Starts a phase of `total` units on the progress bar (no bar where standard error is not a terminal)."""
         if self._bar is not None:
             self._bar.close()
-        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", unit_scale=True, disable=None, dynamic_ncols=True)
+        width = shutil.get_terminal_size((110, 24)).columns  # tqdm's own guess is 0, an empty bar, on some pseudo-terminals
+        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", unit_scale=True, disable=None, ncols=width)
 
     def advance(self, n: int) -> None:
         self._bar.update(n)
