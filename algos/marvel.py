@@ -35,7 +35,7 @@ Deviations, P from the paper, R from the released code:
  6 (R) Time-outs bootstrap; only terminal states stop. Optimisers start afresh in every phase, at that phase's rates.
  7 (R) One setting for all tasks, no per-task overrides.
  8 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02: VPA must have converged before phase 3 starts
-   (at tau 0.005 and 3,000 steps Q is a quarter of its value, and the first online updates undo the policy).
+   (at tau 0.005 and 2,500 steps Q was a third of what it became, and the first online updates undo the policy).
  9 (P, R) Evaluations sample the policy, whose cost the multiplier controls; --eval-policy mean for the mean action.
 """
 
