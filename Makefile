@@ -3,6 +3,19 @@ PYTHON ?= python3
 ENV ?= SafetyAntRun
 ALGO ?= marvel
 ARGS ?=
+# For sweep, diff and accept; empty means the scripts' own defaults (all). More options of a script: OPTIONS='--dry-run'
+ENVS ?=
+ALGOS ?=
+SEEDS ?=
+LIMITS ?=
+RUNS ?=
+STUDY ?=
+LAUNCHER ?=
+ADDRESS ?=
+GPUS ?=
+OPTIONS ?=
+# Python 3.11, for `make setup-bullet` only
+BULLET_PYTHON ?= python3.11
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,10 +23,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all clean
+.PHONY: help setup setup-bullet run sweep diff accept report test test-all clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "Example: make run ENV=$(ENV) ALGO=$(ALGO) ARGS='--help'   (these are the defaults, except ARGS, which is empty)"
 
 setup: $(STAMP)  ## Create .venv with the locked dependencies; does nothing when it is up to date
@@ -26,8 +39,34 @@ $(STAMP): requirements.txt requirements.lock $(wildcard envs/packaging/safety_gy
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt -c requirements.lock
 	@touch $@
 
+setup-bullet: .venv-bullet/.complete  ## Create .venv-bullet for the bullet/ tasks (optional; needs Python 3.11)
+
+.venv-bullet/.complete: requirements-bullet.txt
+	@$(BULLET_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "$(BULLET_PYTHON) is not Python 3.11: name one with make setup-bullet BULLET_PYTHON=..." >&2; exit 1; }
+	$(BULLET_PYTHON) -m venv --clear .venv-bullet
+	.venv-bullet/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-bullet.txt
+	@touch $@
+
 run: setup  ## Train: make run ENV=SafetyAntRun ALGO=marvel ARGS='...'
 	$(PY) algos/$(ALGO).py --env $(ENV) $(ARGS)
+
+WHERE = $(if $(RUNS),--runs $(RUNS)) $(if $(ENVS),--envs $(ENVS)) $(if $(ALGOS),--algos $(ALGOS))
+
+sweep: setup  ## Run what is missing: make sweep ENVS='...' ALGOS='...' SEEDS=5 LIMITS=20 ARGS='...' STUDY=file OPTIONS=--dry-run
+	$(PY) results/sweep.py $(if $(STUDY),@$(STUDY)) $(WHERE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIMITS),--limits $(LIMITS)) \
+		$(if $(ARGS),--args='$(ARGS)') $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(ADDRESS),--address $(ADDRESS)) \
+		$(if $(GPUS),--gpus $(GPUS)) $(OPTIONS)
+
+diff: setup  ## Compare fresh runs with the committed results; fails if something is worse
+	$(PY) results/diff.py $(WHERE) $(OPTIONS)
+
+accept: setup  ## Move fresh runs into results/ and renew the report
+	$(PY) results/diff.py --accept $(WHERE) $(OPTIONS)
+	$(PY) results/report.py
+
+report: setup  ## Write results/README.md and its figures from the CSVs
+	$(PY) results/report.py
 
 test: setup  ## Run the tests, except those marked slow
 	$(PY) -m pytest -m "not slow"
@@ -35,6 +74,6 @@ test: setup  ## Run the tests, except those marked slow
 test-all: setup  ## Run all tests
 	$(PY) -m pytest
 
-clean:  ## Remove .venv and caches (not runs)
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove .venv, .venv-bullet and caches (not runs)
+	rm -rf $(VENV) .venv-bullet .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,25 +3,35 @@
 Nothing here knows of any algorithm. Rows have fixed columns (absent values are empty), one per seed and event:
 
     event   `eval`: `episodes` fresh episodes of the policy (config.json: eval_policy); `train`: the stochastic training
-            episodes that ended since the row before; `rank`: Spearman correlations of Q and Qc with Monte-Carlo returns.
+            episodes that ended since the row before; `rank`: Spearman correlations of Q and Qc with Monte-Carlo returns;
+            `diverged`: a loss or parameter of this seed was not finite here, and it has no rows after this one.
     return, cost, length: means over those episodes, raw and undiscounted.
+
+A run that was killed goes on with `--resume`: `Logbook.run` saves the whole state between blocks, at most every
+`checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted.
 """
 
 import csv
 import dataclasses
 import datetime
+import errno
+import fcntl
+import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
-import flax.serialization
-import flax.traverse_util
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -31,15 +41,22 @@ from tqdm import tqdm
 from algos import curves
 from data import dsrl
 from envs import UnknownName
+from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_CONFIGURATION = ("runs", "eval", "episodes", "dataset")  # where and what to replay; the dataset counts by its hash
+# Where, what to replay, and how often to save: the results do not depend on these. The dataset counts by its hash.
+NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "dataset", "resume", "checkpoint_seconds")
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
     "reward_critic_loss cost_critic_loss actor_loss q qc qc_ood ood_weight entropy "
     "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
     "cost_limit config_hash commit dataset_hash"
 ).split()
+RESUME = "resume.safetensors"
+ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
+    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight actor_warmup kp ki kd gain_rates rank_points "
+    "termination_cost checkpoint_seconds".split()
+)
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -49,15 +66,29 @@ class BadInput(ValueError):
     """An argument or a file that cannot be used; the message is one line that names the mend."""
 
 
-def command(main, args_class) -> None:
-    """Parses the command line and runs `main`; bad input is one line on standard error and exit code 2."""
+class AllDiverged(RuntimeError):
+    """No seed is left to train."""
+
+
+def command(main, args_class, words: list[str] | None = None) -> None:
+    """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
+
+    Exit code 2 for bad input, before anything is written; 1 if the disk is full or every seed diverged.
+    """
     try:
-        main(tyro.cli(args_class))
-    except (BadInput, UnknownName, dsrl.DatasetError) as error:
+        main(tyro.cli(args_class, args=words))
+    except (BadInput, UnknownName, RenderError, dsrl.DatasetError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except AllDiverged as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}: free some space and go on with --resume", file=sys.stderr)
+        sys.exit(1)
 
 
-def check_numbers(args, zero_allowed: set[str], multiples: dict[str, int] = {}) -> None:
+def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
     """BadInput unless every number that defaults to a positive one is positive (or zero where that is allowed)."""
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), field.default
@@ -67,9 +98,11 @@ def check_numbers(args, zero_allowed: set[str], multiples: dict[str, int] = {}) 
                 continue
             if x != x or x < 0 and field.name != "entropy_per_action":
                 raise BadInput(f"{flag} {x}: must not be negative or NaN")
-            if x == 0 and field.name not in zero_allowed and default not in (0, 0.0):
+            if x == 0 and field.name not in ZERO_ALLOWED and default not in (0, 0.0):
                 raise BadInput(f"{flag} {x}: must be positive")
-        if field.name in multiples and value % multiples[field.name]:
+        if value == () and default != ():
+            raise BadInput(f"{flag}: needs at least one number")
+        if multiples and field.name in multiples and value % multiples[field.name]:
             raise BadInput(f"{flag} {value}: must be a multiple of {multiples[field.name]}")
 
 
@@ -86,37 +119,82 @@ def digest(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def save(path: Path, tree, meta: dict) -> None:
-    """Writes a pytree of arrays as safetensors (no code runs when it is opened), atomically, with `meta` as JSON in its header."""
-    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
-    arrays = {k: np.array(v, order="C") for k, v in flat.items()}
+# ---------------------------------------------------------------- files of arrays
+
+
+def flatten(tree) -> dict[str, np.ndarray]:
+    """Arrays of a pytree by their path, as in `actor/params/Dense_0/kernel`; PRNG keys as their data."""
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): np.array(raw(x), order="C") for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of all arrays in the order of their names."""
+    return functools.reduce(lambda crc, name: zlib.crc32(arrays[name].reshape(-1).view(np.uint8), crc), sorted(arrays), 0)
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then the rename: at no moment is there half a file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    safetensors.numpy.save_file(arrays, temporary, {"meta": json.dumps(meta, default=str)})
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load(path: Path) -> tuple[dict, dict]:
-    """(nested dict of arrays, meta) of a file that `save` wrote; BadInput if it is not one."""
+def save(path: Path, tree, meta: dict) -> None:
+    """Writes a pytree of arrays as safetensors (no code runs when it is opened), atomically, with `meta` as JSON in its header."""
+    arrays = flatten(tree)
+    about = {"meta": json.dumps(meta | {"crc32": checksum(arrays)}, default=str)}
+
+    def write(temporary):
+        try:
+            safetensors.numpy.save_file(arrays, temporary, about)
+        except safetensors.SafetensorError as error:  # its I/O errors carry no errno
+            if "No space left" in str(error) or "File too large" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise
+
+    write_atomically(path, write)
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """({path in the tree: array}, meta) of a file that `save` wrote; BadInput if it is not one or damaged."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             meta = json.loads(file.metadata()["meta"])
-            flat = {k: file.get_tensor(k) for k in file.keys()}
+            arrays = {k: file.get_tensor(k) for k in file.keys()}
+        intact = meta["crc32"] == checksum(arrays)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint; runs leave theirs in runs/ENV/ALGO/STAMP/") from None
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path}: not a checkpoint of this suite, or damaged: name another") from None
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), meta
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise BadInput(f"{path}: not a checkpoint of this suite, or damaged: name another, or delete it to have it made anew")
+    return arrays, meta
 
 
-def restore(template, tree: dict, source: str):
-    """`tree` (from `load`) in the structure of `template`; BadInput if shapes or names differ."""
-    wanted = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(template), sep="/")
-    found = flax.traverse_util.flatten_dict(tree, sep="/")
-    odd = sorted(wanted.keys() ^ found.keys()) or [k for k in wanted if np.shape(wanted[k]) != np.shape(found[k])]
+def restore(template, arrays: dict[str, np.ndarray], source: str, prefix: str = ""):
+    """The arrays below `prefix` (from `load`) in the structure of `template`; BadInput if names or shapes differ."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(template)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    found = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    shape = lambda x: jax.eval_shape(jax.random.key_data, x).shape if is_key(x) else x.shape
+    wanted = {name: shape(x) for name, (_, x) in zip(names, paths)}
+    odd = sorted(wanted.keys() ^ found.keys()) or [k for k in wanted if wanted[k] != found[k].shape]
     if odd:
         raise BadInput(f"{source}: does not fit this configuration's networks ({len(odd)} arrays differ, first {odd[0]})")
-    return flax.serialization.from_state_dict(template, tree)
+    leaf = lambda name, x: jax.random.wrap_key_data(jnp.asarray(found[name])) if is_key(x) else jnp.asarray(found[name], x.dtype)
+    return jax.tree.unflatten(structure, [leaf(name, x) for name, (_, x) in zip(names, paths)])
+
+
+# ---------------------------------------------------------------- offline checkpoints
 
 
 def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Path:
@@ -124,53 +202,200 @@ def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Pa
     return runs / env / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
 
 
-def load_seeds(paths: list[Path], template):
-    """The trees of one checkpoint per seed, stacked to the shape of `template` (leaves (seeds, ...))."""
+def newest_offline(runs: Path, env: str, algo: str, seed: int, **wanted) -> Path:
+    """The newest offline checkpoint of `algo` for this seed whose header has the `wanted` values; BadInput if there is none."""
+    folder = runs / env / "offline" / algo
+    for path in sorted(folder.glob(f"*/seed{seed}.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
+        recipe = load(path)[1]["recipe"]
+        if all(recipe[k] == json.loads(json.dumps(v)) for k, v in wanted.items()):
+            return path
+    raise BadInput(f"{folder}: no checkpoint of seed {seed} with this configuration: run algos/{algo}.py --env {env} --seed {seed} first")
+
+
+def load_seeds(paths: list[Path], template: dict):
+    """Of one checkpoint per seed the entries that `template` has (leaves (seeds, ...)), stacked to its shape."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), template)
-    trees = [restore(one, load(path)[0], str(path)) for path in paths]
-    return jax.tree.map(lambda *x: jax.numpy.stack(x), *trees)
+    entries = lambda arrays: {k: v for k, v in arrays.items() if k.split("/")[0] in template}
+    trees = [restore(one, entries(load(path)[0]), str(path)) for path in paths]
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+# ---------------------------------------------------------------- the run
+
+
+@jax.jit
+def finite(tree) -> jax.Array:
+    """(seeds,) bool: every number of the seed's slice of `tree` (leaves (seeds, ...)) is finite."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x.reshape(x.shape[0], -1)), 1) for x in numbers]), 0)
 
 
 class Logbook:
-    """One run of one algorithm over several seeds: collects rows, shows progress, writes the folder."""
+    """One run of one algorithm over several seeds: blocks, rows, progress, checkpoints; writes the folder.
+
+    With `config["resume"]` it goes on in the newest unfinished folder of the same configuration, if there is one.
+    """
 
     def __init__(self, algo: str, env: str, config: dict, seeds: list[int], dataset: dict | None = None):
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.folder = config["runs"] / env / algo / f"{stamp}-{os.getpid()}"
-        self.folder.mkdir(parents=True)
-        config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}
-        self.seeds = seeds
+        self.seeds, self._every = seeds, config["checkpoint_seconds"]
         if dataset and Path(dataset["path"]).is_relative_to(ROOT):  # a path that means the same on other machines
             dataset = dataset | {"path": str(Path(dataset["path"]).relative_to(ROOT))}
+        runs, wants_resume = config["runs"] / env / algo, config["resume"]
+        config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}
         packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
             "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip
-        (self.folder / "config.json").write_text(json.dumps(self.config, indent=2, default=str) + "\n")
+        self.rows: list[dict] = []
+        self._bar, self._latest, self._seconds, self._diverged = None, {}, 0.0, set()
+        self._resumed = None  # (arrays, meta) of the state to go on from, until the phase that it is of
+        unfinished = self._unfinished(runs) if wants_resume else None
+        if unfinished:
+            self.folder = unfinished
+            self._open("r+b")
+            self._take_up()
+        else:
+            self.folder = runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+            self.folder.mkdir(parents=True)
+            self._open("xb")
+            self._write_config()
         self._constant = {
             "env": env, "algo": algo, "cost_limit": config.get("cost_limit"), "config_hash": self.config["config_hash"],
             "commit": self.config["commit"], "dataset_hash": (dataset or {}).get("sha256", "")[:12],
         }  # fmt: skip
-        self._file = open(self.folder / "progress.csv", "w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self.rows: list[dict] = []
-        self._bar, self._latest = None, {}
+        if self._resumed is None:
+            self._file.truncate(0)
+            self._end = 0
+            self._append(",".join(COLUMNS) + "\r\n")
+        self._started = self._saved = time.monotonic()
 
-    def phase(self, name: str, total: int, unit: str) -> None:
-        """Starts a phase of `total` units on the progress bar (no bar where standard error is not a terminal)."""
-        if self._bar is not None:
-            self._bar.close()
+    # ------------------------------------------------------------ resuming
+
+    def _unfinished(self, runs: Path) -> Path | None:
+        """The newest folder in `runs` of this configuration and dataset whose run has not ended."""
+        identity = lambda config: (config["config_hash"], (config["dataset"] or {}).get("sha256"))
+        for path in sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+            try:
+                config = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+            if identity(config) == identity(self.config) and "seconds" not in config:
+                return path.parent
+        return None
+
+    def _open(self, mode: str) -> None:
+        self._file = open(self.folder / "progress.csv", mode, buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{self.folder}: in use by another run: wait for it, or leave out --resume for a new folder") from None
+
+    def _take_up(self) -> None:
+        """Reads the newest intact state; a damaged one is one line, and the state before it is used."""
+        for name in (RESUME, "previous-" + RESUME):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                arrays, meta = load(path)
+                if meta["config_hash"] != self.config["config_hash"] or meta["seeds"] != self.seeds:
+                    raise BadInput(f"{path}: of another configuration")
+            except (BadInput, KeyError) as error:
+                print(f"warning: {error}; using the one before", file=sys.stderr)
+                continue
+            self._resumed = arrays, meta
+            self._end, self._seconds, self._diverged = meta["end"], meta["seconds"], set(meta["diverged"])
+            self.config["commit"] = meta["commit"]
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+            text = (self.folder / "progress.csv").read_text()
+            self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(io.StringIO(text))]
+            self.rows = [row | {"seed": int(row["seed"])} for row in self.rows]
+            print(f"resuming {self.folder} after {meta['phase']} block {meta['block']}", file=sys.stderr)
+            return
+        print(f"resuming {self.folder} from its start: it has no saved state yet", file=sys.stderr)
+
+    def resuming(self, phase: str) -> bool:
+        """Whether this run goes on in the middle of `phase`."""
+        return self._resumed is not None and self._resumed[1]["phase"] == phase
+
+    def run(self, phase: str, blocks: int, carry, block, size: int = 1, unit: str = "steps"):
+        """`carry = block(n, carry)` for n = 0 .. blocks, each of `size` units on the progress bar; block 0 trains nothing.
+
+        `carry` is a tuple of pytrees with leaves (seeds, ...); the first is the learner, whose numbers must stay finite.
+        """
+        first = 0
+        if self._resumed is not None:
+            arrays, meta = self._resumed
+            if meta["phase"] != phase:  # long past it
+                return carry
+            carry = restore(carry, arrays, str(self.folder / RESUME))
+            first, self._resumed = meta["block"] + 1, None
         width = shutil.get_terminal_size((110, 24)).columns  # tqdm's own guess is 0, an empty bar, on some pseudo-terminals
-        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", unit_scale=True, disable=None, ncols=width)
+        self._bar = tqdm(
+            total=blocks * size, initial=max(0, first - 1) * size, desc=phase, unit=f" {unit}", unit_scale=True, disable=None, ncols=width
+        )
+        for n in range(first, blocks + 1):
+            carry = block(n, carry)
+            self._bar.update(size if n else 0)
+            self._check(phase, carry[0])
+            if time.monotonic() - self._saved >= self._every or n == blocks:
+                self._save(phase, n, carry)
+        self._bar.close()
+        return carry
 
-    def advance(self, n: int) -> None:
-        self._bar.update(n)
+    def _save(self, phase: str, n: int, carry) -> None:
+        path = self.folder / RESUME
+        meta = {
+            "phase": phase, "block": n, "end": self._end, "seconds": self._elapsed(), "diverged": sorted(self._diverged),
+            "config_hash": self.config["config_hash"], "commit": self.config["commit"], "seeds": self.seeds,
+        }  # fmt: skip
+        if path.exists():
+            os.replace(path, self.folder / ("previous-" + RESUME))
+        save(path, carry, meta)
+        self._saved = time.monotonic()
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._started
+
+    def _check(self, phase: str, learner) -> None:
+        ok = np.asarray(finite(learner))
+        for i, seed in enumerate(self.seeds):
+            if not ok[i]:
+                arrays = flatten(jax.tree.map(lambda x: x[i], learner))
+                self._diverge(seed, phase, next(name for name, x in arrays.items() if not np.all(np.isfinite(x))))
+
+    def _diverge(self, seed: int, phase: str, what: str) -> None:
+        if seed in self._diverged:
+            return
+        own = [row for row in self.rows if row["seed"] == seed]
+        at = {k: own[-1][k] if own else "0" for k in ("gradient_steps", "env_steps")}
+        self._write({**self._constant, "seed": seed, "phase": phase, "event": "diverged", **at})
+        self._diverged.add(seed)
+        print(f"warning: seed {seed} diverged at {phase} gradient step {at['gradient_steps']}: {what} is not finite", file=sys.stderr)
+        if len(self._diverged) == len(self.seeds):
+            self.close()
+            raise AllDiverged(f"{self.folder}: every seed diverged: try smaller step sizes")
+
+    # ------------------------------------------------------------ rows
+
+    def _append(self, text: str) -> None:
+        """Appends to progress.csv; on failure (a full disk) it ends where it ended before."""
+        content = text.encode()
+        try:
+            if self._file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / "progress.csv"))
+        except OSError as error:
+            self._file.truncate(self._end)
+            raise OSError(error.errno, error.strerror, str(self.folder / "progress.csv")) from None
+        self._end += len(content)
 
     def _write(self, row: dict) -> None:
-        self._writer.writerow(row)
+        line = io.StringIO()
+        csv.DictWriter(line, COLUMNS).writerow(row)
+        self._append(line.getvalue())
         self.rows.append(row)
 
     def log(self, phase: str, event: str, **values) -> None:
@@ -178,49 +403,70 @@ class Logbook:
         values = {k: np.broadcast_to(np.asarray(v), len(self.seeds)) for k, v in values.items()}
         for i, seed in enumerate(self.seeds):
             row = {k: v[i].item() for k, v in values.items()}
-            if row.get("episodes") == 0:
+            if seed in self._diverged or row.get("episodes") == 0:
                 continue
-            row = {k: format(v, ".6g") if isinstance(v, float) else v for k, v in row.items() if v == v}
-            row = {**self._constant, "seed": seed, "phase": phase, "event": event, **row}
-            self._write(row)
-        self._file.flush()
+            broken = next((k for k in row if k.endswith("_loss") and not np.isfinite(row[k])), None)
+            row = {k: format(v, ".6g") if isinstance(v, float) else str(v) for k, v in row.items() if np.isfinite(v)}
+            self._write({**self._constant, "seed": seed, "phase": phase, "event": event, **row})
+            if broken:
+                self._diverge(seed, phase, broken)
+        alive = [i for i, seed in enumerate(self.seeds) if seed not in self._diverged]
         if event == "eval":
-            self._latest |= {"return": values["return"].mean(), "cost": values["cost"].mean()}
+            self._latest |= {k: values[k][alive].mean() for k in ("return", "cost")}
         if "multiplier" in values:
-            self._latest["lambda"] = values["multiplier"].mean()
+            self._latest["lambda"] = values["multiplier"][alive].mean()
         if self._bar is not None:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._latest.items()})
 
+    def steps_before(self, phase: str) -> int:
+        """Gradient steps of the phases before `phase`."""
+        return max((int(row["gradient_steps"]) for row in self.rows if row["phase"] != phase), default=0)
+
     def repeat(self, checkpoints: list[Path]) -> None:
         """Writes the rows that were logged when `checkpoints` (one per seed) were made, as if they had just been made."""
+        print(f"offline phase from {checkpoints[0].parent}", file=sys.stderr)
+        if self._resumed is not None:  # they are there already
+            return
         own = [load(path)[1]["rows"] for path in checkpoints]
         for rows in zip(*own, strict=True):
             for seed, row in zip(self.seeds, rows):
                 self._write({**self._constant, "seed": seed, **row})
-        self._file.flush()
-        print(f"offline phase from {checkpoints[0].parent}", file=sys.stderr)
 
     def save_seeds(self, paths: list[Path], tree, meta: dict | None = None) -> None:
-        """Writes one file per seed: leaf [i] of every leaf (seeds, ...) of `tree`, with the rows logged so far for that seed."""
+        """Writes one file per seed: leaf [i] of every leaf (seeds, ...) of `tree`, with the rows logged so far for that seed.
+
+        Seeds that diverged are left out.
+        """
         own = set(COLUMNS) - {*self._constant, "seed"}
         for i, (seed, path) in enumerate(zip(self.seeds, paths)):
+            if seed in self._diverged:
+                continue
             rows = [{k: v for k, v in row.items() if k in own} for row in self.rows if row["seed"] == seed]
             about = {**self._constant, "seed": seed, "config": self.config["config"], "rows": rows, **(meta or {})}
             save(path, jax.tree.map(lambda x: np.asarray(x[i]), tree), about)
 
+    def _write_config(self) -> None:
+        text = json.dumps(self.config, indent=2, default=str) + "\n"
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+
     def close(self) -> None:
-        """Draws curves.png and prints what came out, per phase: mean and standard deviation over the seeds."""
+        """Draws curves.png, marks the run as finished, prints per phase the mean and standard deviation over the seeds."""
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+        self.config |= {"seconds": round(self._elapsed(), 1), "diverged": sorted(self._diverged)}
         curves.draw(self.folder)
+        self._write_config()
+        for name in (RESUME, "previous-" + RESUME):
+            (self.folder / name).unlink(missing_ok=True)
         dataset, limit = self.config["dataset"] or {}, self._constant["cost_limit"]
         print(f"{self._constant['algo']} on {self._constant['env']}, {len(self.seeds)} seed(s), cost limit {limit:g}")
         if dataset.get("safe_return_p90") is not None:
             print(f"  dataset: best safe return {dataset['safe_return_best']:.0f}, 90th percentile {dataset['safe_return_p90']:.0f}")
         evals = [row for row in self.rows if row["event"] == "eval"]
         for phase in dict.fromkeys(row["phase"] for row in evals):
-            last = [[row for row in evals if (row["phase"], row["seed"]) == (phase, seed)][-1] for seed in self.seeds]
+            of_seed = lambda seed: [row for row in evals if (row["phase"], row["seed"]) == (phase, seed)]
+            last = [of_seed(seed)[-1] for seed in self.seeds if of_seed(seed)]
             value = lambda key: np.array([float(row[key]) for row in last])
             spread = lambda key: f"{value(key).mean():8.1f} +- {value(key).std():6.1f}"
             print(f"  {phase + ':':9s} return {spread('return')}   cost {spread('cost')}")
@@ -229,4 +475,6 @@ class Logbook:
             spent = sum(float(row["cost"]) * float(row["episodes"]) for row in train if "cost" in row) / len(self.seeds)
             episodes = sum(float(row["episodes"]) for row in train if "episodes" in row) / len(self.seeds)
             print(f"  online training: {episodes:.0f} episodes per seed, cost {spent / max(episodes, 1):.1f} per episode")
+        if self._diverged:
+            print(f"  diverged: seeds {', '.join(map(str, sorted(self._diverged)))}")
         print(f"  {self.folder}")

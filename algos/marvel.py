@@ -15,7 +15,7 @@ whose offline configuration and dataset match; phases 2 and 3 start from it.
     2  y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha_r h), a' ~ pi_0, h = -log pi_0     critic_loss
        y_c = c + gamma (1-term.) (Qc'(s',a') + alpha_c h); pi_0 frozen                         critic_loss
     3  the same critics with alpha_r = entropy weight, alpha_c = 0                             critic_loss
-       maximise min_i Q_i(s,a) - lambda Qc(s,a) + entropy weight * h(s,a)                      actor_loss
+       maximise min_i Q_i(s,a) - lambda Qc(s,a) + entropy weight * h(s,a) - anchor weight * KL actor_loss
        e = J_c - d;  I <- max(0, I + Ki e);  lambda = max(0, Kp EMA(e) + I + Kd D)             update_multiplier
        Kp *= 1 + a tanh((m-d)/d);  Ki *= 1 + b (m-d)/d;  Kd *= 1 + c s/d                       update_multiplier
 
@@ -43,7 +43,7 @@ import inspect
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +60,8 @@ import envs
 from algos import logbook
 from algos.critics import Critic, Ensemble, symlog
 from algos.logbook import Logbook
-from data import dsrl
+from data import dsrl, public
+from envs import render
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,15 @@ class Args:
     cost_limit: float = 20.0
     """d, undiscounted cost per episode (Marvel: 20)"""
     dataset: Path | None = None
-    """DSRL-format HDF5 file (default: the task's own in data/)"""
+    """DSRL-format HDF5 file, or dsrl/NAME for a published one (default: the task's own in data/)"""
     backend: str | None = None
     """physics backend (default: the fastest here)"""
     runs: Path = logbook.ROOT / "runs"
     """where run folders and offline checkpoints go"""
+    resume: bool = False
+    """go on with the newest unfinished run of this configuration, if there is one"""
+    checkpoint_seconds: float = 60.0
+    """least time between two saves of the whole state, s"""
 
     gamma: float = 0.99
     """discount of all critics"""
@@ -91,6 +96,8 @@ class Args:
     reward_scale: float = 0.1
     """factor on rewards before the critics see them (OSRL: 0.1)"""
 
+    offline: Literal["cpq", "bear_lag"] = "cpq"
+    """phase 1: offline algorithm; bear_lag starts from the checkpoints of algos/bear_lag.py"""
     offline_steps: int = 10_000
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
     offline_batch_size: int = 256
@@ -131,6 +138,8 @@ class Args:
 
     iterations: int = 50
     """phase 3: rounds of episodes and gradient steps"""
+    actor_warmup: int = 5
+    """phase 3: iterations after which the actor starts to move; until then only the critics learn"""
     episodes_per_iter: int = 5
     """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
     updates_per_iter: int = 200
@@ -145,6 +154,8 @@ class Args:
     """phase 3: Adam step size of both critics"""
     entropy_weight: float = 0.01
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
+    anchor_weight: float = 0.1
+    """phase 3: weight of KL(pi | offline policy), scaled reward per nat; the paper has 0"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
 
@@ -183,6 +194,10 @@ class Args:
     """replay this checkpoint instead of training, and print return and cost"""
     episodes: int = 20
     """episodes to replay with --eval"""
+    video: Path | None = None
+    """with --eval: film an episode to this .mp4 or .gif"""
+    trajectory: Path | None = None
+    """with --eval: draw episodes from above to this .png"""
 
 
 # ---------------------------------------------------------------- networks
@@ -444,13 +459,21 @@ def critic_loss(critics, actor, targets, entropy_weights, batch, key, fixed: Fix
     return reward_loss + cost_loss, info
 
 
-def actor_loss(actor, critics, multiplier, batch, key, fixed: Fixed):
-    """-(min_i Q_i - lambda Qc + entropy weight * h) of the policy's own actions."""
-    networks = fixed.networks
-    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
+def drift(mean, log_std, prior_mean, prior_log_std):
+    """KL(pi | prior) (...,) of two tanh-Gaussians, nats: that of the Gaussians before tanh."""
+    ratio = (jnp.exp(2 * log_std) + jnp.square(mean - prior_mean)) / jnp.exp(2 * prior_log_std)
+    return jnp.sum(prior_log_std - log_std + 0.5 * (ratio - 1.0), -1)
+
+
+def actor_loss(actor, params: dict, multiplier, batch, key, fixed: Fixed):
+    """-(min_i Q_i - lambda Qc + entropy weight * h - anchor weight * KL(pi | offline policy)) of the policy's own actions."""
+    args, networks, critics = fixed.args, fixed.networks, params["critics"]
+    mean, log_std = networks["actor"].apply(actor, batch.obs)
+    action, log_prob = sample_action(key, mean, log_std)
     q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
     qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
-    loss = jnp.mean(fixed.args.entropy_weight * log_prob - q + multiplier * qc)
+    away = drift(mean, log_std, *networks["actor"].apply(params["prior"], batch.obs))
+    loss = jnp.mean(args.entropy_weight * log_prob + args.anchor_weight * away - q + multiplier * qc)
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
@@ -615,7 +638,7 @@ def rank_correlations(critics, own: Points, random: Points, networks) -> dict:
 # ---------------------------------------------------------------- one gradient step of each phase
 
 
-def offline_step(learner: Learner, batches: tuple[Batch, Batch], key, fixed: Fixed):
+def cpq_step(learner: Learner, batches: tuple[Batch, Batch], key, fixed: Fixed):
     """Phase 1, CPQ: VAE, both critics, the OOD constraint's dual, actor; batches of all and of safe trajectories."""
     batch, safe = batches
     key_vae, key_ood, key_critic, key_actor = jax.random.split(key, 4)
@@ -655,7 +678,7 @@ def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
     )
     learner = descend(learner, fixed, "critics", gradient)
     gradient, actor_info = jax.grad(actor_loss, has_aux=True)(
-        learner.params["actor"], learner.params["critics"], multiplier, batch, key_actor, fixed
+        learner.params["actor"], learner.params, multiplier, batch, key_actor, fixed
     )
     return follow(descend(learner, fixed, "actor", gradient), fixed), {**info, **actor_info}
 
@@ -675,8 +698,14 @@ def learn_offline(learner: Learner, data: tuple[Batch, ...], key, step, batch_si
     return learner, jax.tree.map(jnp.mean, info)
 
 
-def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, fixed: Fixed):
-    """Inserts what was collected, moves the multiplier by the episodes that ended, takes `updates_per_iter` steps."""
+def hold_actor(new: Learner, old: Learner, hold) -> Learner:
+    """`new`, but with the actor of `old` and its optimiser's state where `hold`."""
+    keep = lambda new, old: new | {"actor": jax.tree.map(partial(jnp.where, hold), old["actor"], new["actor"])}
+    return Learner(keep(new.params, old.params), new.targets, keep(new.optimizers, old.optimizers))
+
+
+def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, n, step, fixed: Fixed):
+    """Iteration n: inserts what was collected, moves the multiplier by the episodes that ended, takes `updates_per_iter` of `step`."""
     args = fixed.args
     replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
     multiplier = update_multiplier(multiplier, ended.means()["cost"], args)
@@ -690,155 +719,243 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, n
             half = sample(key_online, replay.data, args.batch_size // 2, filled)
             rest = sample(key_offline, data, args.batch_size - args.batch_size // 2, data.reward.shape[0])
             batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), half, rest)
-        return online_step(learner, multiplier.value, batch, key_step, fixed)
+        after, info = step(learner, multiplier.value, batch, key_step, fixed)
+        return hold_actor(after, learner, n <= args.actor_warmup), info
 
     learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_iter))
     return learner, multiplier, replay, jax.tree.map(jnp.mean, info)
 
 
-# ---------------------------------------------------------------- main
+# ---------------------------------------------------------------- phases
 
 
+class Run(NamedTuple):
+    """What main decides and every phase needs."""
+
+    args: Args
+    env: envs.Env
+    dataset: dict  # dsrl.load's description of the file
+    data: Batch  # all transitions of the dataset
+    safe: Batch  # those to clone
+    log: Logbook
+    roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
+
+
+STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
+CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 OFFLINE_FIELDS = (
     "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
-    "offline_critic_lr dual_lr init_dual cloning_weight cloning_quantile vae_hidden vae_beta ood_actions ood_states offline_evals eval_episodes eval_policy"
+    "offline_critic_lr dual_lr init_dual cloning_weight cloning_quantile vae_hidden vae_beta ood_actions ood_states "
+    "offline_evals eval_episodes eval_policy"
 ).split()
 OFFLINE_CODE = (  # a change in any of these makes another checkpoint
     Actor, VAE, Critic, Ensemble, build, init_params, descend, follow, sample_action, log_probability, thresholds, gaussian_kl,
-    vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, offline_step, learn_offline, sample,
+    vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, cpq_step, learn_offline, sample,
 )  # fmt: skip
-ZERO_ALLOWED = set(
-    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight kp ki kd gain_rates rank_points".split()
-)
-CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
+
+
+def over_seeds(function, in_axes=0, **options):
+    """`function`, written for one seed, jitted over all of them at once."""
+    return jax.jit(jax.vmap(function, in_axes), **options)
+
+
+@partial(over_seeds, in_axes=(0, None, None))
+def fold(root, stream, n):
+    return jax.random.fold_in(jax.random.fold_in(root, stream), n)
+
+
+def keys(run: Run, stream: str, n: int = 0) -> jax.Array:
+    """(seeds,) the n-th key of a stream, the same however the run got there."""
+    return fold(run.roots, STREAMS.index(stream), n)
+
+
+def act(args: Args, networks: dict, actor, obs, key):
+    """The evaluated policy's action (--eval-policy)."""
+    mean, log_std = networks["actor"].apply(actor, obs)
+    return sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
+
+
+def evaluator(run: Run, networks: dict):
+    """A function that evaluates a learner and logs what it found."""
+    args = run.args
+    policy = lambda actor: partial(act, args, networks, actor)
+    found = over_seeds(lambda actor, key: evaluate(policy(actor), key, run.env, args.eval_episodes).means())
+
+    def show(phase, learner, gradient_steps, env_steps, **columns):
+        means = found(learner.params["actor"], keys(run, "eval", gradient_steps))
+        run.log.log(phase, "eval", gradient_steps=gradient_steps, env_steps=env_steps, **means, **columns)
+
+    return show
+
+
+def spread(blocks: int, n: int) -> set[int]:
+    """The blocks after which the n evaluations of a phase come: evenly spaced, the last at the end."""
+    return set(np.linspace(0, blocks, n + 1).round().astype(int).tolist()[1:])
+
+
+def cpq_phase(run: Run) -> dict:
+    """Phase 1: the parameters that CPQ learns; not repeated where every seed has the checkpoint of this recipe."""
+    args, log = run.args, run.log
+    rates = {"actor": args.offline_actor_lr, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_dual": args.dual_lr}
+    fixed = build(args, run.env, rates)
+    recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": run.dataset["sha256"]}
+    recipe |= {"code": [inspect.getsource(f) for f in OFFLINE_CODE]}
+    paths = [logbook.offline_path(args.runs, run.env.name, "cpq", recipe, seed) for seed in log.seeds]
+    learner = over_seeds(lambda key: start_phase(init_params(key, fixed), fixed))(keys(run, "init"))
+    if all(path.exists() for path in paths) and not log.resuming("offline"):
+        log.repeat(paths)
+        return logbook.load_seeds(paths, learner.params)
+    learn = partial(learn_offline, step=cpq_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=fixed)
+    learn = over_seeds(learn, (0, None, 0), donate_argnums=0)
+    show = evaluator(run, fixed.networks)
+    blocks = args.offline_steps // CHUNK
+    evaluate_after = spread(blocks, args.offline_evals) | {0}
+
+    def block(n, carry):
+        (learner,) = carry
+        if n:
+            learner, info = learn(learner, (run.data, run.safe), keys(run, "offline", n))
+            log.log("offline", "train", gradient_steps=n * CHUNK, env_steps=0, **info)
+        if n in evaluate_after:
+            show("offline", learner, n * CHUNK, 0)
+        if n == blocks:
+            log.save_seeds(paths, learner.params, {"recipe": recipe})
+        return (learner,)
+
+    return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
+
+
+def offline_phase(run: Run) -> dict:
+    """Phase 1 by the algorithm that --offline names: CPQ here, another's from the checkpoints that its own file made."""
+    args, log = run.args, run.log
+    if args.offline == "cpq":
+        return cpq_phase(run)
+    wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
+    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, **wanted) for seed in log.seeds]
+    fixed = build(args, run.env, {})
+    shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
+    log.repeat(paths)
+    return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
+
+
+def vpa_phase(run: Run, params: dict) -> dict:
+    """Phase 2, between two looks at how the critics rank; returns the parameters with pre-aligned critics."""
+    args, log = run.args, run.log
+    fixed = build(args, run.env, {"critics": args.vpa_lr})
+    policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
+    random_policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], run.env.action_size), minval=-1.0)
+    follow_up = lambda explore, actor, key: monte_carlo_points(explore, partial(policy, actor), key, run.env, args.rank_points, args)
+    own_points = over_seeds(lambda actor, key: follow_up(partial(policy, actor), actor, key))
+    random_points = over_seeds(lambda actor, key: follow_up(random_policy, actor, key))
+    points = cache(lambda: [f(params["actor"], keys(run, "rank")) for f in (own_points, random_points)])
+    correlations = over_seeds(partial(rank_correlations, networks=fixed.networks))
+
+    def rank(phase, critics, gradient_steps):
+        if args.rank_points:
+            log.log(phase, "rank", gradient_steps=gradient_steps, env_steps=0, **correlations(critics, *points()))
+
+    learn = partial(learn_offline, step=vpa_step, batch_size=args.vpa_batch_size, steps=CHUNK, fixed=fixed)
+    learn = over_seeds(learn, (0, None, 0))
+    show = evaluator(run, fixed.networks)
+    start = params
+    if args.critics == "fresh":
+        start = params | {"critics": over_seeds(lambda key: init_params(key, fixed)["critics"])(keys(run, "vpa"))}
+    blocks, before = args.vpa_steps // CHUNK, log.steps_before("vpa")
+
+    def block(n, carry):
+        (learner,) = carry
+        done = before + n * CHUNK
+        if n == 0:
+            rank("offline", params["critics"], done)
+        else:
+            learner, info = learn(learner, (run.data,), keys(run, "vpa", n))
+            log.log("vpa", "train", gradient_steps=done, env_steps=0, **info)
+            if n == blocks:
+                rank("vpa", learner.params["critics"], done)
+                show("vpa", learner, done, 0)
+        return (learner,)
+
+    return log.run("vpa", blocks, (over_seeds(partial(start_phase, fixed=fixed))(start),), block, CHUNK)[0].params
+
+
+def online_phase(run: Run, params: dict) -> dict:
+    """Phase 3: episodes, multiplier, gradient steps, in turn."""
+    args, log, env, before = run.args, run.log, run.env, run.log.steps_before("online")
+    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr})
+    start = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"]}
+    learner = over_seeds(partial(start_phase, fixed=fixed))(start)
+    per_iter = args.episodes_per_iter * env.horizon
+    capacity = min(max(1, args.buffer_size // per_iter), args.iterations) * per_iter
+    replay = over_seeds(lambda _: Replay(jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape[1:])), run.data), jnp.int32(0)))(run.roots)
+    actors = over_seeds(lambda key: init_actors(key, env, args.episodes_per_iter))(keys(run, "collect"))
+    multiplier = over_seeds(lambda _: init_multiplier(args))(run.roots)
+    policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
+    gather = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, env.horizon))
+    learn = over_seeds(partial(learn_online, step=online_step, fixed=fixed), (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
+    show = evaluator(run, fixed.networks)
+    evaluate_after = spread(args.iterations, args.evals)
+
+    def block(n, carry):
+        learner, multiplier, replay, actors = carry
+        steps = {"gradient_steps": before + n * args.updates_per_iter, "env_steps": n * per_iter}
+        if n == 0:
+            return carry
+        actors, new, ended = gather(learner.params["actor"], actors, keys(run, "collect", n))
+        learner, multiplier, replay, info = learn(learner, multiplier, replay, run.data, new, ended, keys(run, "online", n), n)
+        kp, ki, kd = multiplier.gains.T
+        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+        if n in evaluate_after:
+            show("online", learner, **steps, multiplier=multiplier.value)
+        return learner, multiplier, replay, actors
+
+    return log.run("online", args.iterations, (learner, multiplier, replay, actors), block, unit="iterations")[0].params
+
+
+# ---------------------------------------------------------------- main
 
 
 def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's policy."""
-    tree, meta = logbook.load(args.eval)
-    if "actor" not in tree or not {"env", "config"} <= meta.keys():
+    arrays, meta = logbook.load(args.eval)
+    if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
         raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
     env = envs.make(meta["env"], args.backend)
-    actor = Actor(tuple(meta["config"]["hidden"]), env.action_size)
-    template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
-    params = logbook.restore(template, tree["actor"], str(args.eval))
-    act = lambda mean, log_std, key: sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
-    policy = lambda obs, key: act(*actor.apply(params, obs), key)
-    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(jax.random.key(args.seed))
+    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.action_size)}
+    template = jax.eval_shape(networks["actor"].init, jax.random.key(0), jnp.zeros(env.obs_size))
+    policy = partial(act, args, networks, logbook.restore(template, arrays, str(args.eval), "actor/"))
+    key = jax.random.key(args.seed)
+    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(key)
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
+    for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
+        if path:
+            print(draw(env, policy, key, path))
 
 
-def main(args: Args) -> Path | None:
-    logbook.check_numbers(args, ZERO_ALLOWED, {"offline_steps": CHUNK, "vpa_steps": CHUNK})
-    if args.eval:
-        return replay_checkpoint(args)
+def prepare(algo: str, args: Args) -> Run:
+    """Environment, dataset and run folder."""
     env = envs.make(args.env, args.backend)
     args = replace(args, env=env.name)
     seeds = list(range(args.seed, args.seed + args.seeds))
-    dataset, about = dsrl.load(
-        args.dataset or dsrl.default_path(env.name), env=env.name, obs_size=env.obs_size, action_size=env.action_size
-    )
+    dataset, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
     flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
     if safe.reward.shape[0] == 0:
         raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
-    log = Logbook("marvel", env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
+    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
+    return Run(args, env, about, data, safe, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 
-    over_seeds = lambda f, in_axes=0, **options: jax.jit(jax.vmap(f, in_axes), **options)
-    root = jax.vmap(jax.random.key)(jnp.array(seeds))
-    fold = over_seeds(lambda key, phase, n: jax.random.fold_in(jax.random.fold_in(key, phase), n), (0, None, None))
-    key_for = lambda phase, n=0: fold(root, {"init": 0, "offline": 1, "vpa": 2, "online": 3, "collect": 4, "eval": 5, "rank": 6}[phase], n)
 
-    rates = {"actor": args.offline_actor_lr, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_dual": args.dual_lr}
-    offline = build(args, env, rates)
-    vpa = build(args, env, {"critics": args.vpa_lr})
-    online = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr})
-    networks = online.networks
-    policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs))[0]
-    mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
-    evaluated = policy if args.eval_policy == "sample" else mean_policy
-    random_policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
-    run_evaluate = over_seeds(lambda actor, key: evaluate(partial(evaluated, actor), key, env, args.eval_episodes).means())
-
-    def show(phase, learner, gradient_steps, env_steps, **columns):
-        found = run_evaluate(learner.params["actor"], key_for("eval", gradient_steps))
-        log.log(phase, "eval", gradient_steps=gradient_steps, env_steps=env_steps, **found, **columns)
-
-    # Phase 1: offline CPQ; not repeated where every seed has the checkpoint of this very configuration and dataset.
-    recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": about["sha256"]}
-    recipe |= {"code": [inspect.getsource(f) for f in OFFLINE_CODE]}
-    checkpoints = [logbook.offline_path(args.runs, env.name, "cpq", recipe, seed) for seed in seeds]
-    learner = over_seeds(lambda key: start_phase(init_params(key, offline), offline))(key_for("init"))
-    if all(path.exists() for path in checkpoints):
-        learner = learner._replace(params=logbook.load_seeds(checkpoints, learner.params))
-        log.repeat(checkpoints)
-    else:
-        step = partial(learn_offline, step=offline_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=offline)
-        run = over_seeds(step, (0, None, 0), donate_argnums=0)
-        blocks = args.offline_steps // CHUNK
-        evaluate_at = set(np.linspace(0, blocks, args.offline_evals + 1).round().astype(int))
-        log.phase("offline", args.offline_steps, "steps")
-        show("offline", learner, 0, 0)
-        for block in range(1, blocks + 1):
-            learner, info = run(learner, (data, safe), key_for("offline", block))
-            log.log("offline", "train", gradient_steps=block * CHUNK, env_steps=0, **info)
-            log.advance(CHUNK)
-            if block in evaluate_at:
-                show("offline", learner, block * CHUNK, 0)
-        log.save_seeds(checkpoints, learner.params, {"recipe": recipe})
-
-    # Phase 2: value pre-alignment, between two looks at how the critics rank.
-    done = args.offline_steps
-    if args.rank_points:
-        points = lambda explore: over_seeds(
-            lambda actor, key: monte_carlo_points(explore(actor), partial(policy, actor), key, env, args.rank_points, args)
-        )(learner.params["actor"], key_for("rank"))
-        own, random = points(lambda actor: partial(policy, actor)), points(lambda actor: random_policy)
-        rank = over_seeds(partial(rank_correlations, networks=networks))
-        log.log("offline", "rank", gradient_steps=done, env_steps=0, **rank(learner.params["critics"], own, random))
-    params = learner.params
-    if args.critics == "fresh":
-        params = params | {"critics": over_seeds(lambda key: init_params(key, vpa)["critics"])(key_for("vpa"))}
-    learner = over_seeds(partial(start_phase, fixed=vpa))(params)
-    if args.vpa_steps:
-        step = partial(learn_offline, step=vpa_step, batch_size=args.vpa_batch_size, steps=CHUNK, fixed=vpa)
-        run = over_seeds(step, (0, None, 0))
-        log.phase("vpa", args.vpa_steps, "steps")
-        for block in range(1, args.vpa_steps // CHUNK + 1):
-            learner, info = run(learner, (data,), key_for("vpa", block))
-            log.log("vpa", "train", gradient_steps=done + block * CHUNK, env_steps=0, **info)
-            log.advance(CHUNK)
-        done += args.vpa_steps
-        if args.rank_points:
-            log.log("vpa", "rank", gradient_steps=done, env_steps=0, **rank(learner.params["critics"], own, random))
-        show("vpa", learner, done, 0)
-
-    # Phase 3: online.
-    learner = over_seeds(partial(start_phase, fixed=online))({k: learner.params[k] for k in ("actor", "critics")})
-    per_iter = args.episodes_per_iter * env.horizon
-    capacity = max(1, args.buffer_size // per_iter) * per_iter
-    empty = jax.tree.map(lambda x: jnp.zeros((args.seeds, capacity, *x.shape[1:])), data)
-    replay = Replay(empty, jnp.zeros(args.seeds, jnp.int32))
-    actors = over_seeds(lambda key: init_actors(key, env, args.episodes_per_iter))(key_for("collect"))
-    multiplier = jax.tree.map(lambda x: jnp.broadcast_to(x, (args.seeds, *x.shape)), init_multiplier(args))
-    run_collect = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, env.horizon))
-    run_learn = over_seeds(partial(learn_online, fixed=online), (0, 0, 0, None, 0, 0, 0), donate_argnums=(0, 2))
-    evaluate_at = set(np.linspace(0, args.iterations, args.evals + 1).round().astype(int)[1:])
-    log.phase("online", args.iterations, "iterations")
-    for i in range(1, args.iterations + 1):
-        actors, new, ended = run_collect(learner.params["actor"], actors, key_for("collect", i))
-        learner, multiplier, replay, info = run_learn(learner, multiplier, replay, data, new, ended, key_for("online", i))
-        steps = {"gradient_steps": done + i * args.updates_per_iter, "env_steps": i * per_iter}
-        kp, ki, kd = multiplier.gains.T
-        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
-        log.advance(1)
-        if i in evaluate_at:
-            show("online", learner, **steps, multiplier=multiplier.value)
-
-    log.save_seeds([log.folder / f"checkpoint-seed{seed}.safetensors" for seed in seeds], learner.params)
-    log.close()
-    return log.folder
+def main(args: Args) -> None:
+    logbook.check_numbers(args, {"offline_steps": CHUNK, "vpa_steps": CHUNK})
+    if args.eval:
+        return replay_checkpoint(args)
+    run = prepare("marvel", args)
+    params = offline_phase(run)
+    params = vpa_phase(run, params)
+    params = online_phase(run, params)
+    run.log.save_seeds([run.log.folder / f"checkpoint-seed{seed}.safetensors" for seed in run.log.seeds], params)
+    run.log.close()
 
 
 if __name__ == "__main__":

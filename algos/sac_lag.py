@@ -18,7 +18,7 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: (1) symlog observations and LayerNorm critics; (2) the multiplier moves once per batch of newly ended episodes,
 never twice on the same costs; (3) --privileged-critic shows the critics what the cost depends on but the observation lacks
-(data collection only: the policy never sees it).
+(data collection only: the policy never sees it); (4) --termination-cost charges dying, likewise for data collection.
 """
 
 import math
@@ -41,6 +41,7 @@ import envs
 from algos import logbook
 from algos.critics import Ensemble, symlog
 from algos.logbook import Logbook
+from envs import render
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Args:
     """physics backend (default: the fastest here)"""
     runs: Path = logbook.ROOT / "runs"
     """where run folders and offline checkpoints go"""
+    resume: bool = False
+    """go on with the newest unfinished run of this configuration, if there is one"""
+    checkpoint_seconds: float = 60.0
+    """least time between two saves of the whole state, s"""
 
     env_steps: int = 250_000
     """online steps per seed, over all environments"""
@@ -93,6 +98,8 @@ class Args:
     """factor on rewards before the critics see them (OSRL: 0.1)"""
     privileged_critic: bool = False
     """let the critics see what the cost depends on but the observation lacks (data collection only)"""
+    termination_cost: float = 0.0
+    """cost that the critic, not the log, charges a terminal step: dying must not be a way to be safe (data collection)"""
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
@@ -125,6 +132,14 @@ class Args:
     """evaluations, evenly spaced, the last at the end"""
     snapshots: bool = False
     """save the policy at every evaluation (data collection)"""
+    eval: Path | None = None
+    """replay this checkpoint instead of training, and print return and cost"""
+    episodes: int = 20
+    """episodes to replay with --eval"""
+    video: Path | None = None
+    """with --eval: film an episode to this .mp4 or .gif"""
+    trajectory: Path | None = None
+    """with --eval: draw episodes from above to this .png"""
 
 
 # ---------------------------------------------------------------- networks
@@ -410,6 +425,7 @@ def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
 def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episodes, new: Batch, ended: Episodes, key, fixed: Fixed):
     """Inserts what was collected, moves the multiplier if enough episodes have ended, takes `updates_per_block` steps."""
     args = fixed.args
+    new = new._replace(cost=new.cost + args.termination_cost * new.terminated)
     replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
     pending = jax.tree.map(jnp.add, pending, ended)
     due = pending.number >= args.episodes_per_iter
@@ -426,68 +442,128 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episo
     return learner, multiplier, replay, pending, jax.tree.map(jnp.mean, info)
 
 
+# ---------------------------------------------------------------- phases
+
+
+class Run(NamedTuple):
+    """What main decides and every phase needs."""
+
+    args: Args
+    env: envs.Env
+    log: Logbook
+    roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
+
+
+STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
+
+
+def over_seeds(function, in_axes=0, **options):
+    """`function`, written for one seed, jitted over all of them at once."""
+    return jax.jit(jax.vmap(function, in_axes), **options)
+
+
+@partial(over_seeds, in_axes=(0, None, None))
+def fold(root, stream, n):
+    return jax.random.fold_in(jax.random.fold_in(root, stream), n)
+
+
+def keys(run: Run, stream: str, n: int = 0) -> jax.Array:
+    """(seeds,) the n-th key of a stream, the same however the run got there."""
+    return fold(run.roots, STREAMS.index(stream), n)
+
+
+def act(args: Args, networks: dict, actor, obs, key):
+    """The evaluated policy's action (--eval-policy)."""
+    mean, log_std = networks["actor"].apply(actor, obs)
+    return sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
+
+
+def spread(blocks: int, n: int) -> set[int]:
+    """The blocks after which the n evaluations of a phase come: evenly spaced, the last at the end."""
+    return set(np.linspace(0, blocks, n + 1).round().astype(int).tolist()[1:])
+
+
+def online_phase(run: Run) -> dict:
+    """The only phase: steps, multiplier, gradient steps, in turn."""
+    args, log, env = run.args, run.log, run.env
+    evaluation_env = envs.make(env.name, args.backend)
+    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
+    policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
+    evaluated = lambda actor: partial(act, args, fixed.networks, actor)
+    found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, evaluation_env, args.eval_episodes).means())
+    gather = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, args.steps_per_block))
+    learn = over_seeds(partial(learn_online, fixed=fixed), donate_argnums=(0, 2))
+
+    per_block = args.num_envs * args.steps_per_block
+    blocks = args.env_steps // per_block
+    capacity = min(max(1, args.buffer_size // per_block), blocks) * per_block
+    seen, zeros = env.obs_size + env.privileged_size, lambda *shape: jnp.zeros((capacity, *shape))
+    empty = lambda: Replay(Batch(zeros(seen), zeros(env.action_size), zeros(), zeros(), zeros(seen), zeros()), jnp.int32(0))
+    start = over_seeds(
+        lambda key_init, key_collect: (
+            start_phase(init_params(key_init, fixed), fixed), init_multiplier(args), empty(), Episodes(*jnp.zeros(4)),
+            init_actors(key_collect, env, args.num_envs),
+        )
+    )  # fmt: skip
+    evaluate_after = spread(blocks, args.evals) | {0}
+
+    def block(n, carry):
+        learner, multiplier, replay, pending, actors = carry
+        steps = {"gradient_steps": n * args.updates_per_block, "env_steps": n * per_block}
+        if n:
+            actors, new, ended = gather(learner.params["actor"], actors, keys(run, "collect", n))
+            learner, multiplier, replay, pending, info = learn(learner, multiplier, replay, pending, new, ended, keys(run, "online", n))
+            kp, ki, kd = multiplier.gains.T
+            log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+        if n in evaluate_after:
+            log.log("online", "eval", **steps, **found(learner.params["actor"], keys(run, "eval", n)), multiplier=multiplier.value)
+            if args.snapshots:
+                names = [f"snapshot-seed{seed}-{n * per_block:08d}.safetensors" for seed in log.seeds]
+                log.save_seeds([log.folder / name for name in names], {"actor": learner.params["actor"]})
+        return learner, multiplier, replay, pending, actors
+
+    return log.run("online", blocks, start(keys(run, "init"), keys(run, "collect")), block, per_block)[0].params
+
+
 # ---------------------------------------------------------------- main
 
 
-def main(args: Args) -> Path:
-    logbook.check_numbers(args, set("cost_limit kp ki kd gain_rates".split()))
-    if args.env_steps < args.num_envs * args.steps_per_block:
-        raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
+def replay_checkpoint(args: Args) -> None:
+    """--eval: prints return and cost of a checkpoint's policy."""
+    arrays, meta = logbook.load(args.eval)
+    if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
+        raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
+    env = envs.make(meta["env"], args.backend)
+    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.action_size)}
+    template = jax.eval_shape(networks["actor"].init, jax.random.key(0), jnp.zeros(env.obs_size))
+    policy = partial(act, args, networks, logbook.restore(template, arrays, str(args.eval), "actor/"))
+    key = jax.random.key(args.seed)
+    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(key)
+    print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
+    for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
+        if path:
+            print(draw(env, policy, key, path))
+
+
+def prepare(algo: str, args: Args) -> Run:
+    """Environment and run folder."""
     env = envs.make(args.env, args.backend, privileged=args.privileged_critic)
-    evaluation_env = envs.make(args.env, args.backend)
     args = replace(args, env=env.name)
     seeds = list(range(args.seed, args.seed + args.seeds))
-    log = Logbook("sac_lag", env.name, asdict(args), seeds)
+    log = Logbook(algo, env.name, asdict(args), seeds)
+    return Run(args, env, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 
-    over_seeds = lambda f, in_axes=0, **options: jax.jit(jax.vmap(f, in_axes), **options)
-    root = jax.vmap(jax.random.key)(jnp.array(seeds))
-    fold = over_seeds(lambda key, phase, n: jax.random.fold_in(jax.random.fold_in(key, phase), n), (0, None, None))
-    key_for = lambda phase, n=0: fold(root, {"init": 0, "online": 3, "collect": 4, "eval": 5}[phase], n)
 
-    online = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
-    networks = online.networks
-    policy = lambda actor, obs, key: sample_action(key, *networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
-    mean_policy = lambda actor, obs, key: jnp.tanh(networks["actor"].apply(actor, obs)[0])
-    evaluated = policy if args.eval_policy == "sample" else mean_policy
-    run_evaluate = over_seeds(
-        lambda actor, key: evaluate(partial(evaluated, actor), key, evaluation_env, args.eval_episodes).means()
-    )
-
-    learner = over_seeds(lambda key: start_phase(init_params(key, online), online))(key_for("init"))
-    per_block = args.num_envs * args.steps_per_block
-    capacity = max(1, args.buffer_size // per_block) * per_block
-    zeros = lambda *shape: jnp.zeros((args.seeds, capacity, *shape))
-    seen = env.obs_size + env.privileged_size
-    replay = Replay(Batch(zeros(seen), zeros(env.action_size), zeros(), zeros(), zeros(seen), zeros()), jnp.zeros(args.seeds, jnp.int32))
-    actors = over_seeds(lambda key: init_actors(key, env, args.num_envs))(key_for("collect"))
-    multiplier = jax.tree.map(lambda x: jnp.broadcast_to(x, (args.seeds, *x.shape)), init_multiplier(args))
-    pending = Episodes(*jnp.zeros((4, args.seeds)))
-    run_collect = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, args.steps_per_block))
-    run_learn = over_seeds(partial(learn_online, fixed=online), donate_argnums=(0, 2))
-
-    blocks = args.env_steps // per_block
-    evaluate_at = set(np.linspace(0, blocks, args.evals + 1).round().astype(int))
-    log.phase("online", blocks * per_block, "steps")
-    for block in range(blocks + 1):
-        steps = {"gradient_steps": block * args.updates_per_block, "env_steps": block * per_block}
-        if block:
-            actors, new, ended = run_collect(learner.params["actor"], actors, key_for("collect", block))
-            learner, multiplier, replay, pending, info = run_learn(
-                learner, multiplier, replay, pending, new, ended, key_for("online", block)
-            )
-            kp, ki, kd = multiplier.gains.T
-            log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
-            log.advance(per_block)
-        if block in evaluate_at:
-            found = run_evaluate(learner.params["actor"], key_for("eval", block))
-            log.log("online", "eval", **steps, **found, multiplier=multiplier.value)
-            if args.snapshots:
-                names = [f"snapshot-seed{seed}-{block * per_block:08d}.safetensors" for seed in seeds]
-                log.save_seeds([log.folder / name for name in names], {"actor": learner.params["actor"]})
-
-    log.save_seeds([log.folder / f"checkpoint-seed{seed}.safetensors" for seed in seeds], learner.params)
-    log.close()
-    return log.folder
+def main(args: Args) -> None:
+    logbook.check_numbers(args)
+    if args.env_steps < args.num_envs * args.steps_per_block:
+        raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
+    if args.eval:
+        return replay_checkpoint(args)
+    run = prepare("sac_lag", args)
+    params = online_phase(run)
+    run.log.save_seeds([run.log.folder / f"checkpoint-seed{seed}.safetensors" for seed in run.log.seeds], params)
+    run.log.close()
 
 
 if __name__ == "__main__":

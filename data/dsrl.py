@@ -132,7 +132,7 @@ def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None,
         raise _error(path, wrong, "export both from one task")
 
 
-def _clean(path: Path, arrays: Mapping[str, np.ndarray]) -> Dataset:
+def _clean(path: Path, arrays: Mapping[str, np.ndarray], clip_actions: bool = False) -> Dataset:
     """Checks the values and converts to Dataset's shapes and dtypes."""
     columns = {}
     for key in Dataset._fields:
@@ -149,6 +149,8 @@ def _clean(path: Path, arrays: Mapping[str, np.ndarray]) -> Dataset:
                 raise _error(path, wrong, "flags must be 0 or 1: set them so")
             number = column.astype(bool)
         columns[key] = number
+    if clip_actions:  # only now: clipping would hide an inf
+        columns["actions"] = np.clip(columns["actions"], -1.0, 1.0)
     actions, costs = columns["actions"], columns["costs"]
     low, high = actions.min(), actions.max()
     if low < -1 - ACTION_TOLERANCE or high > 1 + ACTION_TOLERANCE:
@@ -171,7 +173,12 @@ def default_path(env: str) -> Path:
 
 
 def load(
-    path: str | os.PathLike, *, env: str | None = None, obs_size: int | None = None, action_size: int | None = None
+    path: str | os.PathLike,
+    *,
+    env: str | None = None,
+    obs_size: int | None = None,
+    action_size: int | None = None,
+    clip_actions: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Reads and validates a DSRL file.
 
@@ -179,10 +186,11 @@ def load(
       path: the HDF5 file. Floats of any width, bool, integer or float flags, and (N, 1) columns are accepted.
       env: task the data must be of; compared with the file attribute `env` where the file has one.
       obs_size, action_size: sizes of the task's spaces; None skips the check.
+      clip_actions: clip actions to [-1, 1], as the simulator does, instead of refusing those beyond.
 
     Returns:
-      The dataset (raw: nothing is normalised, scaled or clipped) and JSON-able metadata: the file's attributes
-      (nested ones as the JSON text that `save` wrote) plus `path` and `sha256`.
+      The dataset (raw: nothing is normalised or scaled, and nothing clipped unless asked for) and JSON-able metadata:
+      the file's attributes (nested ones as the JSON text that `save` wrote) plus `path` and `sha256`.
 
     Raises:
       DatasetError: missing or unreadable file; missing key; wrong dtype, shape or length; no transitions; NaN or
@@ -211,7 +219,7 @@ def load(
         raise _error(path, wrong, "the file is damaged: download it again")
     with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
         arrays = {key: file[key][()] for key in Dataset._fields}
-    return _clean(path, arrays), attributes | {"path": str(path), "sha256": sha256(path)}
+    return _clean(path, arrays, clip_actions), attributes | {"path": str(path), "sha256": sha256(path)}
 
 
 def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) -> None:

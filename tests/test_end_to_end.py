@@ -79,13 +79,7 @@ def test_run_leaves_a_whole_folder(algo, place, finished):
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     tree, meta = logbook.load(folder / "checkpoint-seed0.safetensors")
     assert meta["env"] == ENV and meta["config_hash"] == config["config_hash"]
-    flat = [x for x in _leaves(tree)]
-    assert flat and all(np.all(np.isfinite(x)) for x in flat)
-
-
-def _leaves(tree):
-    for value in tree.values():
-        yield from _leaves(value) if isinstance(value, dict) else [value]
+    assert tree and all(np.all(np.isfinite(x)) for x in tree.values())
 
 
 @pytest.mark.parametrize("algo", TINY)
@@ -195,7 +189,7 @@ def test_checkpoint_whose_networks_do_not_fit(place, finished):
     meta["config"]["hidden"] = [64, 32]
     logbook.save(place / "other.safetensors", tree, meta)
     refused(script("marvel", "--eval other.safetensors", place / "runs", place), "other.safetensors", "does not fit")
-    logbook.save(place / "actorless.safetensors", {"critics": tree["critics"]}, meta)
+    logbook.save(place / "actorless.safetensors", {k: v for k, v in tree.items() if k.startswith("critics/")}, meta)
     refused(script("marvel", "--eval actorless.safetensors", place / "runs", place), "actorless.safetensors")
 
 

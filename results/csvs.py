@@ -1,0 +1,313 @@
+"""Reads what training leaves, checked: progress.csv (or results/ENV/ALGO.csv) and the JSON beside it.
+
+Everything in results/ starts from here, and knows of training only these files. A run folder is RUNS/ENV/ALGO/STAMP/ with
+progress.csv and config.json; a committed baseline is results/ENV/NAME.csv with NAME.json, where NAME is an algorithm of
+ALGOS, followed by @LIMIT if the cost limit is not 20. Both become a `Run`.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVS = "SafetyPointRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyAntRun".split()  # the core suite
+LIMIT = 20.0  # of the files without @LIMIT in their names
+
+# name: (script in algos/, its arguments, whose offline checkpoints it makes or starts from). A control is an argument.
+ALGOS = {
+    "cpq": ("cpq", "", "cpq"),
+    "bc_safe": ("bc_safe", "", None),
+    "bear_lag": ("bear_lag", "", "bear_lag"),
+    "marvel": ("marvel", "", "cpq"),
+    "sac_lag": ("sac_lag", "", None),
+    "naive_o2o": ("naive_o2o", "", "cpq"),
+    "jsrl": ("jsrl", "", "cpq"),
+    "pex": ("pex", "", "cpq"),
+    "so2": ("so2", "", "cpq"),
+    "marvel+novpa": ("marvel", "--vpa-steps 0", "cpq"),
+    "marvel+fqe": ("marvel", "--vpa-alpha-reward 0 --vpa-alpha-cost 0", "cpq"),
+    "marvel+fresh": ("marvel", "--critics fresh", "cpq"),
+    "marvel+dual": ("marvel", "--lagrangian dual", "cpq"),
+    "marvel+pid": ("marvel", "--lagrangian pid", "cpq"),
+    "marvel+pid10": ("marvel", "--lagrangian pid10", "cpq"),
+    "marvel+mixed": ("marvel", "--replay mixed", "cpq"),
+    "marvel+bear_lag": ("marvel", "--offline bear_lag", "bear_lag"),
+    "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
+}
+
+COLUMNS = (  # those of algos/logbook.py; a test compares
+    "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
+    "reward_critic_loss cost_critic_loss actor_loss q qc qc_ood ood_weight entropy "
+    "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
+    "cost_limit config_hash commit dataset_hash"
+).split()
+TEXT = frozenset("env algo phase event config_hash commit dataset_hash".split())
+COUNTS = frozenset("seed gradient_steps env_steps".split())
+EVENTS = ("eval", "train", "rank", "diverged")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf|nan", re.ASCII)
+
+
+class BadInput(ValueError):
+    """An argument, or a file that is no results file of this suite; the message is one line that names place and mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines whose errors are one line; @FILE reads arguments from a file, one a line, # starts a comment."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        line = line.split("#")[0].strip()
+        return [line] if line else []
+
+    def error(self, message: str):
+        raise BadInput(message)
+
+
+def command(main) -> None:
+    """Exits with main()'s exit code; bad input is one line on standard error and exit code 2."""
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a results CSV: text, int (seed, steps) or float, NaN where absent.
+
+    Raises:
+      BadInput: not a CSV, a column missing, a value of the wrong kind, a repeated row, no rows, or rows of several
+        environments, algorithms or cost limits.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file, strict=True))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: not a readable CSV file ({' '.join(str(error).split())}): restore it or run again") from None
+    header = lines[0] if lines else []
+    absent = [column for column in COLUMNS if header.count(column) != 1]
+    if absent:
+        raise BadInput(f"{path}: column {absent[0]} is missing or repeated: not a progress.csv of this suite")
+    rows, seen = [], {}
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(header):
+            raise BadInput(f"{path}: row {number} has {len(line)} fields instead of {len(header)}: cut off? run again")
+        row = {column: _value(x, column, f"{path}: row {number}") for column, x in zip(header, line) if column in COLUMNS}
+        if row["event"] not in EVENTS:
+            raise BadInput(f"{path}: row {number}: event {row['event'][:30]!r} is none of {', '.join(EVENTS)}")
+        key = tuple(row[c] for c in ("seed", "phase", "event", "gradient_steps", "env_steps"))
+        if key in seen:
+            raise BadInput(f"{path}: row {number} repeats row {seen[key]}: the file was merged or appended to twice")
+        seen[key] = number
+        rows.append(row)
+    diverged = {row["seed"] for row in rows if row["event"] == "diverged"}
+    for row in rows:
+        if row["event"] == "eval" and row["seed"] not in diverged and math.isnan(row["return"] + row["cost"]):
+            raise BadInput(f"{path}: seed {row['seed']} has an eval row without return or cost: damaged? run again")
+    if not rows:
+        raise BadInput(f"{path}: has no rows: the run ended before its first evaluation")
+    for column in ("env", "algo", "cost_limit"):
+        found = sorted({str(row[column]) for row in rows})
+        if len(found) > 1:
+            raise BadInput(f"{path}: holds several values of {column} ({', '.join(found[:3])}): split it into one file each")
+    return rows
+
+
+def _value(text: str, column: str, where: str):
+    if column in TEXT:
+        if not text and column in ("env", "algo", "phase", "event"):
+            raise BadInput(f"{where}: {column} is empty")
+        return text
+    if column in COUNTS:
+        if not re.fullmatch(r"\d{1,15}", text, re.ASCII):
+            raise BadInput(f"{where}: {column} is {text[:30]!r}, not a whole number")
+        return int(text)
+    if text and not NUMBER.fullmatch(text):
+        raise BadInput(f"{where}: {column} is {text[:30]!r}, not a number")
+    value = float(text) if text else math.nan
+    if text and column in ("return", "cost", "length", "episodes") and not math.isfinite(value):
+        raise BadInput(f"{where}: {column} is {text[:30]}, not finite")
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """All rows of one algorithm on one task at one cost limit, over its seeds, and how they were made."""
+
+    path: Path
+    name: str  # of ALGOS, or the script's
+    rows: list[dict]
+    about: dict  # {"config", "dataset", "runs": [{"seeds", "command", "commit", "seconds", ...}]}; {} where unknown
+
+    env = property(lambda self: self.rows[0]["env"])
+    cost_limit = property(lambda self: self.rows[0]["cost_limit"])
+    key = property(lambda self: (self.env, self.name, self.cost_limit))
+    seeds = property(lambda self: sorted({row["seed"] for row in self.rows}))
+    diverged = property(lambda self: {row["seed"]: row for row in self.rows if row["event"] == "diverged"})
+    dataset_hashes = property(lambda self: sorted({row["dataset_hash"] for row in self.rows}))
+    commits = property(lambda self: sorted({row["commit"] for row in self.rows if row["commit"]}))
+
+    def of(self, seed: int, *events: str) -> list[dict]:
+        """The rows of a seed, in order; of these events only, if any are named."""
+        return [row for row in self.rows if row["seed"] == seed and (not events or row["event"] in events)]
+
+
+def stem(name: str, cost_limit: float) -> str:
+    """The file name, without ending, of an algorithm's results at a cost limit."""
+    return name if cost_limit == LIMIT else f"{name}@{cost_limit:g}"
+
+
+def load(path: Path) -> Run:
+    """A results CSV, or the run folder that holds one."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "progress.csv"
+    rows = read(path)
+    beside = path.with_name("config.json") if path.name == "progress.csv" else path.with_suffix(".json")
+    about = _normal(read_json(beside)) if beside.exists() else {}
+    name = path.stem.split("@")[0]
+    if name.split("+")[0] != rows[0]["algo"]:
+        name = variant(rows[0]["algo"], about.get("config", {}))
+    return Run(path, name, rows, about)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; BadInput if the file is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise BadInput(f"{path}: not the JSON that a run leaves beside its CSV: restore it, or delete both")
+    return found
+
+
+def _normal(config: dict) -> dict:
+    """The JSON of a baseline from the config.json of a run; unchanged if it is one already."""
+    if "runs" in config:
+        return config
+    own = config["config"]
+    seeds = list(range(own.get("seed", 0), own.get("seed", 0) + own.get("seeds", 1)))
+    facts = {k: config.get(k) for k in ("command", "config_hash", "commit", "seconds", "device", "python", "versions")}
+    facts["command"] = re.sub(r" --(runs|checkpoint-seconds)[ =]\S+| --resume\b", "", facts["command"] or "")  # of no consequence
+    return {"config": without_seeds(own), "dataset": config.get("dataset"), "runs": [{"seeds": seeds, **facts}]}
+
+
+def without_seeds(config: dict) -> dict:
+    """What two runs must share to be seeds of one experiment."""
+    return {k: v for k, v in config.items() if k not in ("seed", "seeds")}
+
+
+def words(arguments: str | list[str]) -> dict[str, str]:
+    """Command-line arguments as {"--flag": "value value"}; the last of a repeated flag counts."""
+    out, flag = {}, ""
+    for token in arguments.split() if isinstance(arguments, str) else arguments:
+        if token.startswith("--"):
+            flag, _, value = token.partition("=")
+            flag = flag.replace("_", "-")
+            out[flag] = value
+        elif flag:
+            out[flag] = f"{out[flag]} {token}".strip()
+    return out
+
+
+def same_value(a: str, b: str) -> bool:
+    """Whether two values of an argument mean the same: 20 and 20.0 do."""
+    a, b = a.split(), b.split()
+    return len(a) == len(b) and all(x == y or _number(x) == _number(y) is not None for x, y in zip(a, b))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if NUMBER.fullmatch(text) else None
+
+
+def variant(script: str, config: dict) -> str:
+    """The name in ALGOS of a run of algos/SCRIPT.py with this configuration: that with the most arguments which all hold."""
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    best, most = script, 0
+    for name, (its_script, arguments, _) in ALGOS.items():
+        wanted = words(arguments)
+        holds = lambda flag: same_value(text(config.get(flag[2:].replace("-", "_"))), wanted[flag])
+        if its_script == script and len(wanted) > most and all(map(holds, wanted)):
+            best, most = name, len(wanted)
+    return best
+
+
+def folders(runs: Path) -> list[tuple[Path, dict]]:
+    """(folder, config.json) of all finished runs, oldest first; folders without a readable config.json are passed over."""
+    found = []
+    for path in runs.glob("**/config.json"):
+        try:
+            config = read_json(path)
+        except BadInput:  # of a run that was killed in its first moment
+            continue
+        if "seconds" in config:  # written at a run's end
+            found.append((path.parent, config))
+    return sorted(found, key=lambda item: item[0].name)
+
+
+def fresh(runs: Path, envs: list[str] | None = None, algos: list[str] | None = None) -> dict[tuple, Run]:
+    """(env, name, limit) -> the newest finished experiment: all seeds of the newest run's configuration and dataset."""
+    out: dict[tuple, Run] = {}
+    for folder, config in reversed(folders(runs)):
+        if envs and config.get("env") not in envs or algos and variant(config.get("algo"), config["config"]) not in algos:
+            continue
+        run = load(folder)
+        newest = out.get(run.key)
+        if newest is None:
+            out[run.key] = run
+        elif newest.about["config"] == run.about["config"] and newest.dataset_hashes == run.dataset_hashes:
+            out[run.key] = merge(newest, run)
+    return out
+
+
+def baselines(results: Path, envs: list[str] | None = None, algos: list[str] | None = None) -> dict[tuple, Run]:
+    """(env, name, limit) -> committed run."""
+    runs = [load(path) for path in sorted(results.glob("*/**/*.csv")) if path.relative_to(results).parts[0] != "speed"]
+    return {run.key: run for run in runs if (not envs or run.env in envs) and (not algos or run.name in algos)}
+
+
+def merge(first: Run, second: Run) -> Run:
+    """`first` with the seeds that only `second` has; both of one configuration."""
+    added = set(second.seeds) - set(first.seeds)
+    if not added:
+        return first
+    rows = first.rows + [row for row in second.rows if row["seed"] in added]
+    kept = [run | {"seeds": [s for s in run["seeds"] if s in added]} for run in second.about["runs"]]
+    about = first.about | {"runs": first.about["runs"] + [run for run in kept if run["seeds"]]}
+    return replace(first, rows=rows, about=about)
+
+
+def write(run: Run, results: Path) -> Path:
+    """Writes results/ENV/NAME.csv and .json, each atomically; returns the CSV's path."""
+    path = results / run.env / f"{stem(run.name, run.cost_limit)}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def text(column, value):
+        if column in TEXT or column in COUNTS:
+            return value
+        return "" if math.isnan(value) else str(value) if column == "cost_limit" else format(value, ".6g")
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in sorted(run.rows, key=lambda row: row["seed"]):
+            writer.writerow([text(column, row[column]) for column in COLUMNS])
+    beside = temporary.with_suffix(".json")
+    beside.write_text(json.dumps(run.about, indent=1) + "\n")
+    os.replace(beside, path.with_suffix(".json"))
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,188 @@
+"""What a run achieved, per seed, and what can be said of it: bootstrap intervals and comparisons.
+
+Intervals of means are percentile bootstraps over seeds, widened for few of them (the "expanded percentile interval" of
+Hesterberg, arXiv 1411.5279: tail at the t-quantile times sqrt(n/(n-1))), because a plain one of 3 to 5 seeds is far too narrow.
+Over tasks: interquartile mean and probability of improvement with a bootstrap stratified by task (Agarwal et al., arXiv
+2108.13264), not widened.
+"""
+
+import math
+
+import numpy as np
+import scipy.stats
+
+from results.csvs import Run
+
+BLOCK = 5  # training episodes, at least, over which a mean cost is compared with the limit
+WINDOW = 20  # training episodes whose mean cost must keep the limit for `episodes_to_safe`
+DRAWS = 4000
+
+MEANING = {
+    "offline_return": "mean undiscounted return of the last evaluation of the offline phase",
+    "offline_cost": "mean undiscounted cost of that evaluation",
+    "return": "mean undiscounted return of the last evaluation of the run",
+    "cost": "mean undiscounted cost of that evaluation",
+    "auc": "area under the curve of evaluation returns over environment steps, divided by their number: the mean return "
+    "during online training; the curve starts with the last evaluation before it",
+    "training_cost": "cost of all online training episodes, summed",
+    "cost_rate": "that sum per environment step",
+    "regret": f"violation regret: the cost above the limit of the online training episodes, summed: max(0, mean cost - limit) "
+    f"times episodes, over consecutive blocks of at least {BLOCK} episodes",
+    "episodes_to_safe": f"online training episodes before the first {WINDOW} whose mean cost is at most the limit; a median",
+    "episodes_to_stay": f"online training episodes after which every {WINDOW} have a mean cost of at most the limit; a median",
+    "training_episodes": "online training episodes",
+}
+
+
+def per_seed(run: Run) -> dict[str, np.ndarray]:
+    """Each measure of MEANING as an array (seeds,); NaN where it does not apply and for diverged seeds."""
+    rows = [{} if seed in run.diverged else _measure(run, seed) for seed in run.seeds]
+    return {key: np.array([row.get(key, math.nan) for row in rows]) for key in MEANING}
+
+
+def _measure(run: Run, seed: int) -> dict:
+    out = {}
+    evals = run.of(seed, "eval")
+    offline = [row for row in evals if row["phase"] == "offline"]
+    online = sorted((row for row in evals if row["phase"] == "online"), key=lambda row: row["env_steps"])
+    if offline:
+        out |= {"offline_return": offline[-1]["return"], "offline_cost": offline[-1]["cost"]}
+    if evals:
+        out |= {"return": evals[-1]["return"], "cost": evals[-1]["cost"]}
+    before = [row for row in evals if row["phase"] != "online"]
+    curve = (before[-1:] if online and online[0]["env_steps"] > 0 else []) + online
+    steps, returns = [row["env_steps"] for row in curve], [row["return"] for row in curve]
+    if online and steps[-1] > steps[0]:
+        out["auc"] = np.trapezoid(returns, steps) / (steps[-1] - steps[0])
+    train = [
+        row for row in run.of(seed, "train") if row["phase"] == "online" and row["episodes"] > 0 and not math.isnan(row["cost"])
+    ]
+    if not train:
+        return out
+    episodes = np.array([row["episodes"] for row in train])
+    costs = np.array([row["cost"] for row in train]) * episodes
+    blocks = np.array(_blocks(episodes, costs))
+    length = sum(row["length"] * row["episodes"] for row in train)
+    return out | {
+        "training_episodes": episodes.sum(),
+        "training_cost": costs.sum(),
+        "cost_rate": costs.sum() / length if length > 0 else math.nan,
+        "regret": np.maximum(0, blocks[:, 1] - run.cost_limit * blocks[:, 0]).sum(),
+        **_episodes_to_safe(blocks, run.cost_limit),
+    }
+
+
+def _blocks(episodes, costs) -> list[tuple[float, float]]:
+    """(episodes, summed cost) of consecutive rows put together until they hold BLOCK episodes; the rest joins the last."""
+    blocks = [[0.0, 0.0]]
+    for n, cost in zip(episodes, costs):
+        if blocks[-1][0] >= BLOCK:
+            blocks.append([0.0, 0.0])
+        blocks[-1] = [blocks[-1][0] + n, blocks[-1][1] + cost]
+    if len(blocks) > 1 and blocks[-1][0] < BLOCK:
+        rest = blocks.pop()
+        blocks[-1] = [blocks[-1][0] + rest[0], blocks[-1][1] + rest[1]]
+    return blocks
+
+
+def _episodes_to_safe(blocks, limit: float) -> dict:
+    """`episodes_to_safe` and `episodes_to_stay`; absent if there were fewer than WINDOW episodes."""
+    before, safe = [], []  # of every window of whole blocks: the episodes before it, and whether it keeps the limit
+    for start in range(len(blocks)):
+        ends = np.flatnonzero(np.cumsum(blocks[start:, 0]) >= WINDOW)
+        if ends.size:
+            episodes, cost = blocks[start : start + ends[0] + 1].sum(0)
+            before.append(blocks[:start, 0].sum())
+            safe.append(cost <= limit * episodes)
+    if not safe:
+        return {}
+    last_unsafe = max((i for i, kept in enumerate(safe) if not kept), default=-1)
+    return {
+        "episodes_to_safe": before[safe.index(True)] if any(safe) else math.inf,
+        "episodes_to_stay": before[last_unsafe + 1] if last_unsafe + 1 < len(safe) else math.inf,
+    }
+
+
+def ranks(run: Run, column: str) -> np.ndarray:
+    """(seeds, 2): the rank correlation before and after pre-alignment; NaN where it was not measured."""
+    rows = {(row["seed"], row["phase"]): row[column] for row in run.rows if row["event"] == "rank"}
+    return np.array([[rows.get((seed, phase), math.nan) for phase in ("offline", "vpa")] for seed in run.seeds])
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def _tail(n: int, confidence: float) -> float:
+    """The probability to leave out at either end of the bootstrap distribution of a mean of n."""
+    return scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 - confidence) / 2, n - 1))
+
+
+def _resampled(rng, values: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    return values[rng.integers(values.size, size=(draws, values.size))]
+
+
+def finite(values) -> np.ndarray:
+    values = np.asarray(values, float)
+    return values[np.isfinite(values)]
+
+
+def interval(values, confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean over seeds; (nan, nan) for fewer than two finite values."""
+    values = finite(values)
+    if values.size < 2:
+        return math.nan, math.nan
+    means = _resampled(np.random.default_rng(0), values).mean(1)
+    tail = _tail(values.size, confidence)
+    return tuple(np.quantile(means, [tail, 1 - tail]))
+
+
+def difference(a, b, confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of mean(b) - mean(a), seeds drawn independently; (nan, nan) if either has fewer than two."""
+    a, b = finite(a), finite(b)
+    if min(a.size, b.size) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(0)
+    means = _resampled(rng, b).mean(1) - _resampled(rng, a).mean(1)
+    tail = _tail(min(a.size, b.size), confidence)
+    return tuple(np.quantile(means, [tail, 1 - tail]))
+
+
+# ---------------------------------------------------------------- over tasks
+
+
+def iqm(tasks: list[np.ndarray], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Interquartile mean of all seeds of all tasks, and its interval by a bootstrap stratified by task."""
+    mean = lambda scores: scipy.stats.trim_mean(scores, 0.25, axis=-1)
+    rng = np.random.default_rng(0)
+    drawn = mean(np.concatenate([_resampled(rng, task) for task in tasks], 1))
+    return float(mean(np.concatenate(tasks))), *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+
+
+def stratified_mean(tasks: list[np.ndarray], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean over tasks of the means over seeds, and its interval by a bootstrap stratified by task."""
+    rng = np.random.default_rng(0)
+    drawn = np.mean([_resampled(rng, task).mean(1) for task in tasks], 0)
+    mean = float(np.mean([task.mean() for task in tasks]))
+    return mean, *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+
+
+def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Probability that a seed of x beats one of y (ties count half), mean over tasks [(x, y), ...], and its interval."""
+    rng, means, drawn = np.random.default_rng(0), [], []
+    for x, y in tasks:
+        wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
+        i, j = rng.integers(x.size, size=(DRAWS, x.size)), rng.integers(y.size, size=(DRAWS, y.size))
+        means.append(wins.mean())
+        drawn.append(wins[i[:, :, None], j[:, None, :]].mean((1, 2)))
+    return float(np.mean(means)), *np.quantile(np.mean(drawn, 0), [(1 - confidence) / 2, (1 + confidence) / 2])
+
+
+def constrained_order(returns, costs, limit: float) -> list[tuple]:
+    """Sort keys: safe above unsafe; among safe ones by return, among unsafe ones by (lower) cost."""
+    return [(1, r) if c <= limit else (0, -c) for r, c in zip(returns, costs)]
+
+
+def as_numbers(*groups: list[tuple]) -> list[np.ndarray]:
+    """Sort keys of several groups as numbers in the same order, equal where the keys are."""
+    place = {key: i for i, key in enumerate(sorted({key for group in groups for key in group}))}
+    return [np.array([place[key] for key in group], float) for group in groups]

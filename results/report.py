@@ -1,0 +1,544 @@
+"""Writes results/README.md and its figures from results/ENV/ALGO.csv and .json alone: `make report`."""
+
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from results import csvs, measures
+from results.csvs import ALGOS, ENVS, ROOT, Run
+
+NAMES = {
+    "cpq": "CPQ (offline)", "bc_safe": "BC-Safe (offline)", "bear_lag": "BEAR-Lag (offline)", "marvel": "Marvel",
+    "sac_lag": "SAC-Lag from scratch", "naive_o2o": "naive finetuning", "jsrl": "JSRL", "pex": "PEX", "so2": "SO2",
+    "marvel+novpa": "Marvel, no pre-alignment", "marvel+fqe": "Marvel, plain fitted Q", "marvel+fresh": "Marvel, fresh critics",
+    "marvel+dual": "Marvel, dual ascent", "marvel+pid": "Marvel, fixed PID", "marvel+pid10": "Marvel, fixed PID, gains x10",
+    "marvel+mixed": "Marvel, mixed replay", "marvel+bear_lag": "Marvel from BEAR-Lag",
+    "naive_o2o+bear_lag": "naive from BEAR-Lag",
+}  # fmt: skip
+OFFLINE = ("cpq", "bc_safe", "bear_lag")
+PLAIN = [name for name in ALGOS if "+" not in name]
+CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name)]
+MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
+HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan".split()  # without the limit's red
+COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
+COLOURS["marvel"] = "black"
+RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
+CLAIMS = [  # (claim, what Marvel is compared with)
+    ("Pre-alignment helps finetuning", "marvel+novpa"),
+    ("Its entropy terms do: plain fitted Q is not enough", "marvel+fqe"),
+    ("The pretrained critics do: fresh ones are not enough", "marvel+fresh"),
+    ("Adaptive gains are better than fixed ones", "marvel+pid"),
+    ("... and not merely larger: than fixed gains ten times as high", "marvel+pid10"),
+    ("... than dual ascent", "marvel+dual"),
+    ("Finetuning improves on the offline policy", "cpq"),
+    ("Marvel is better than naive finetuning", "naive_o2o"),
+    ("... than JSRL", "jsrl"),
+    ("... than PEX", "pex"),
+    ("... than SO2", "so2"),
+    ("... than SAC-Lagrangian from scratch", "sac_lag"),
+    ("... than behaviour cloning of the safe data", "bc_safe"),
+]
+
+Task = dict[str, Run]  # name -> run, all of one environment and cost limit
+
+
+# ---------------------------------------------------------------- numbers as text
+
+
+def number(x: float) -> str:
+    if math.isnan(x):
+        return "-"
+    if math.isinf(x):
+        return "never"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def spread(values) -> str:
+    """Mean and interval over seeds."""
+    low, high = measures.interval(values)
+    finite = measures.finite(values)
+    if not finite.size:
+        return "-"
+    return number(finite.mean()) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
+
+
+def median(values) -> str:
+    """Median over seeds, of which some may be infinite."""
+    values = values[~np.isnan(values)]
+    return number(np.sort(values)[values.size // 2]) if values.size else "-"
+
+
+def estimate(found: tuple[float, float, float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*found)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(header), "|" + "---|" * len(header), *map(line, rows), ""]
+
+
+def missing(present) -> list[str]:
+    """A line that names the algorithms that are not in `present`."""
+    names = [NAMES[name] for name in ALGOS if name not in present]
+    return [f"Missing: {'; '.join(names)}.", ""] if names else []
+
+
+# ---------------------------------------------------------------- what the runs say
+
+
+def best_safe_return(task: Task) -> float:
+    """The highest return of a safe trajectory in the task's dataset; NaN if no run says."""
+    found = [(run.about.get("dataset") or {}).get("safe_return_best") for run in task.values()]
+    return next((x for x in found if x), math.nan)
+
+
+def alive(run: Run) -> dict[str, np.ndarray]:
+    """The measures of the seeds that did not diverge."""
+    kept = np.array([seed not in run.diverged for seed in run.seeds])
+    return {key: values[kept] for key, values in measures.per_seed(run).items()}
+
+
+def budget(run: Run) -> int:
+    return max(row["env_steps"] for row in run.rows)
+
+
+def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
+    """Probabilities of improvement of a over b on the tasks that have both; {} if there are none.
+
+    A diverged seed counts as worse than any other: it stands at the bottom of the constrained order.
+    """
+    both = {env: (task[a], task[b]) for env, task in tasks.items() if a in task and b in task}
+    if not both:
+        return {}
+    final, returns, regrets, equal = [], [], [], True
+    for x, y in both.values():
+        mx, my = measures.per_seed(x), measures.per_seed(y)
+        keys = []
+        for m, run in ((mx, x), (my, y)):
+            order = measures.constrained_order(m["return"], m["cost"], run.cost_limit)
+            keys.append([(-1, 0.0) if math.isnan(value) else key for value, key in zip(m["return"], order)])
+        final.append(tuple(measures.as_numbers(*keys)))
+        returns.append((np.nan_to_num(mx["return"], nan=-np.inf), np.nan_to_num(my["return"], nan=-np.inf)))
+        if measures.finite(mx["regret"]).size and measures.finite(my["regret"]).size:
+            regrets.append(tuple(-measures.finite(m["regret"]) for m in (mx, my)))
+        equal &= b in OFFLINE or budget(x) == budget(y)
+    return {
+        "tasks": len(both),
+        "seeds": sum(len(x.seeds) for x, _ in both.values()),
+        "final": measures.improvement(final),
+        "return": measures.improvement(returns),
+        "regret": measures.improvement(regrets) if regrets else None,
+        "equal": equal,
+    }
+
+
+def verdict(low: float, high: float, null: float, seeds_per_task: float) -> str:
+    if seeds_per_task < 3:
+        return "undecided (fewer than 3 seeds)"
+    return "supported" if low > null else "contradicted" if high < null else "undecided"
+
+
+def rank_changes(tasks: dict[str, Task], column: str, name: str = "marvel") -> list[np.ndarray]:
+    """Per task: the change of a rank correlation by pre-alignment, of each seed that has it."""
+    found = [measures.ranks(task[name], column) for task in tasks.values() if name in task]
+    changes = [measures.finite(pairs[:, 1] - pairs[:, 0]) for pairs in found]
+    return [change for change in changes if change.size]
+
+
+# ---------------------------------------------------------------- sections
+
+
+def claims(tasks: dict[str, Task]) -> list[str]:
+    rows = []
+    for column, label in RANKS.items():
+        where = "the policy's own" if column.endswith("policy") else "random"
+        claim = f"Pre-alignment makes {label.split(',')[0]} rank actions as Monte-Carlo rollouts do, on {where} states"
+        changes = rank_changes(tasks, column)
+        if not changes:
+            rows.append([claim, "correlation after - before", "-", "-", "-", "-", "no data"])
+            continue
+        found = measures.stratified_mean(changes)
+        count = f"{len(changes)} ({sum(c.size for c in changes)})"
+        rows.append(
+            [
+                claim,
+                "correlation after - before",
+                count,
+                estimate(found),
+                "-",
+                "-",
+                verdict(*found[1:], 0, np.mean([c.size for c in changes])),
+            ]
+        )
+    for claim, other in CLAIMS:
+        found = compared(tasks, "marvel", other)
+        against = f"P(better than {NAMES[other]})"
+        if not found:
+            rows.append([claim, against, "-", "-", "-", "-", "no data"])
+            continue
+        judged = verdict(*found["final"][1:], 0.5, found["seeds"] / found["tasks"])
+        rows.append([
+            claim, against, f"{found['tasks']} ({found['seeds']})" + ("" if found["equal"] else " †"), estimate(found["final"]),
+            estimate(found["return"]), estimate(found["regret"]) if found["regret"] else "-", judged,
+        ])  # fmt: skip
+    own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
+    if own:
+        safe = [env for env, (m, run) in own.items() if m["cost"].size and m["cost"].mean() <= run.cost_limit]
+        soon = [env for env, (m, _) in own.items() if np.median(m["episodes_to_stay"]) <= 100]
+        for claim, kept in (("Marvel ends safe", safe), ("... and stays safe after at most 100 online episodes", soon)):
+            judged = (
+                "supported" if len(kept) == len(own) else "contradicted" if not kept else f"supported on {', '.join(kept)} only"
+            )
+            rows.append([claim, "tasks where it holds", str(len(own)), f"{len(kept)} of {len(own)}", "-", "-", judged])
+    return [
+        "## What the numbers say about the paper's claims",
+        "",
+        "Each line compares the runs below. A claim is *supported* if the 95% interval of **final** lies above "
+        "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. **final**: a seed beats another if it ends "
+        "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
+        "control proves nothing, so the controls are lines of their own. † the environment steps of the two differ.",
+        "",
+        *markdown(["claim", "number", "tasks (seeds)", "final", "return", "violation regret", "verdict"], rows),
+        "Data: the commands under each task below; table: `make report`.",
+        "",
+    ]
+
+
+def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
+    rows, shown = [], []
+    for name in ALGOS:
+        runs = {env: task[name] for env, task in tasks.items() if name in task}
+        if not runs:
+            continue
+        scores, safe = [], 0
+        for env, run in runs.items():
+            found, best = alive(run), best_safe_return(tasks[env])
+            safe += bool(found["cost"].size and found["cost"].mean() <= run.cost_limit)
+            if found["return"].size and not math.isnan(best):
+                scores.append(found["return"] / best)
+        middle = measures.iqm(scores) if scores else None
+        better = compared(tasks, "marvel", name) if name != "marvel" else {}
+        shown.append((name, middle, better.get("final")))
+        cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "return", "regret")]
+        lost = sum(len(run.diverged) for run in runs.values())
+        seeds = f"{len(runs)} ({sum(len(run.seeds) for run in runs.values())}{f', {lost} diverged' if lost else ''})"
+        rows.append([NAMES[name], seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
+    draw_aggregate(shown, folder / f"aggregate{suffix}.png")
+    return [
+        "## Over all tasks",
+        "",
+        "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
+        "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
+        "violation regret), mean over tasks. 95% intervals, bootstrapped by task. Lines over other tasks are not comparable.",
+        "",
+        *markdown(
+            [
+                "algorithm",
+                "tasks (seeds)",
+                "normalised return",
+                "tasks safe",
+                "P(Marvel better), final",
+                "return",
+                "violation regret",
+            ],
+            rows,
+        ),
+        *missing({name for task in tasks.values() for name in task}),
+        f"![Interquartile means and probabilities of improvement](aggregate{suffix}.png)",
+        "",
+        "Data: the commands under each task below; table and figure: `make report`.",
+        "",
+    ]
+
+
+def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
+    rows = []
+    for env, task in tasks.items():
+        for name in ("marvel", "marvel+fqe", "marvel+fresh"):
+            if name not in task:
+                continue
+            cells = []
+            for column in RANKS:
+                before, after = measures.ranks(task[name], column).T
+                change = spread(after - before)
+                cells.append("-" if change == "-" else f"{np.nanmean(before):.2f} → {np.nanmean(after):.2f}; {change}")
+            rows.append([env, NAMES[name], *cells])
+    if not rows:
+        return []
+    drawn = draw_alignment(tasks, folder / f"alignment{suffix}.png")
+    return [
+        "## Does pre-alignment mend the critics?",
+        "",
+        "Spearman rank correlation of Q and Qc with Monte-Carlo returns and costs of the policy, on states of its own and of "
+        "random rollouts: before → after pre-alignment (means over seeds); mean change with its 95% interval over seeds.",
+        "",
+        *markdown(["task", "algorithm", *RANKS.values()], rows),
+        *([f"![Rank correlations before and after](alignment{suffix}.png)", ""] if drawn else []),
+        "Data: the commands under each task below; table and figure: `make report`.",
+        "",
+    ]
+
+
+def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
+    rows, best = [], best_safe_return(task)
+    for name in [*ALGOS, *sorted(task.keys() - ALGOS.keys())]:
+        run = task.get(name)
+        if run is None:
+            continue
+        found = alive(run)
+        seeds = str(len(run.seeds) - len(run.diverged)) + (f" + {len(run.diverged)} diverged" if run.diverged else "")
+        if not found["return"].size:
+            first = min(run.diverged.values(), key=lambda row: row["gradient_steps"])
+            rows.append(
+                [NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 9]
+            )
+            continue
+        safe = found["cost"].mean() <= run.cost_limit
+        soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
+        episodes = measures.finite(found["training_episodes"])
+        rows.append([
+            NAMES.get(name, name), seeds, spread(found["offline_return"]), spread(found["offline_cost"]), spread(found["return"]),
+            f"**{spread(found['cost'])}**" if safe else spread(found["cost"]), spread(found["return"] / best),
+            spread(found["auc"]), spread(found["training_cost"]), spread(found["cost_rate"]), spread(found["regret"]),
+            f"{soon} of {number(episodes.max())}" if episodes.size else "-",
+        ])  # fmt: skip
+    any_run = next(iter(task.values()))
+    limit = any_run.cost_limit
+    example = next((r["command"] for run in task.values() for r in run.about.get("runs", ()) if r.get("command")), None)
+    data = f"Data: `python {example}` and the like, all listed under Commands" if example else "Data: the CSVs in this folder"
+    header = "algorithm, seeds, offline return, offline cost, return, cost, normalised return, AUC, training cost, cost rate, "
+    header += "violation regret, episodes to safe / to stay safe"
+    lines = [
+        f"## {env}",
+        "",
+        f"Cost limit {limit:g}; best safe return of the dataset {number(best)}. Bold: mean final cost within the limit.",
+        "",
+    ]
+    lines += markdown(header.split(", "), rows) + [*missing(task), f"{data}; table: `make report`.", ""]
+    place, controls = folder / env, [name for name in CONTROLS[1:] if name in task]
+    for kind, title, drawn in (
+        (
+            "learning",
+            "Evaluations over online environment steps",
+            draw_curves(task, PLAIN, place / f"learning{suffix}.png", best),
+        ),
+        (
+            "controls",
+            "Marvel and its controls",
+            controls and draw_curves(task, ["marvel", *controls], place / f"controls{suffix}.png", best),
+        ),
+        ("multiplier", "Training cost, multiplier and gains", draw_multipliers(task, place / f"multiplier{suffix}.png")),
+    ):
+        if drawn:
+            lines += [f"![{title} on {env}]({env}/{kind}{suffix}.png)", "", f"{title}. {data}; figure: `make report`.", ""]
+    return lines + commands(task)
+
+
+def commands(task: Task) -> list[str]:
+    lines = ["<details><summary>Commands</summary>", ""]
+    for name, run in task.items():
+        lines.append(f"- {NAMES.get(name, name)}, dataset {' and '.join(h or 'none' for h in run.dataset_hashes)}:")
+        for part in run.about.get("runs", []):
+            made = f"seeds {' '.join(map(str, part['seeds']))}; commit {part.get('commit') or '?'}; {part.get('device')}"
+            took = f"; {part['seconds']:,.0f} s" if part.get("seconds") else ""
+            lines.append(f"  - `python {part.get('command')}` ({made}{took})")
+        if not run.about:
+            lines.append(f"  - unknown: no JSON beside {run.path.name}; configuration {run.rows[0]['config_hash']}")
+    return [*lines, "", "</details>", ""]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def save(figure, path: Path, top: float = 1.0) -> bool:
+    figure.tight_layout(rect=(0, 0, 1, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    plt.close(figure)
+    return True
+
+
+def traces(run: Run, event: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps,) and (seeds, steps): online values at the steps that every seed which did not diverge has."""
+    curves = []
+    for seed in run.seeds:
+        if seed in run.diverged:
+            continue
+        rows = run.of(seed, event)
+        before = [row for row in rows if row["phase"] != "online"] if event == "eval" else []
+        online = [row for row in rows if row["phase"] == "online"]
+        if online and online[0]["env_steps"] > 0:
+            online = before[-1:] + online
+        curves.append({row["env_steps"]: row[key] for row in online if not math.isnan(row[key])})
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
+
+
+def draw_curves(task: Task, names: list[str], path: Path, best: float) -> bool:
+    """Return and cost of evaluations over online steps: mean and 95% interval; offline algorithms as a dashed line."""
+    names = [name for name in names if name in task and alive(task[name])["return"].size]
+    if not names:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    limit = task[names[0]].cost_limit
+    for name in names:
+        colour, run = COLOURS[name], task[name]
+        for axis, key in zip(axes, ("return", "cost")):
+            steps, values = traces(run, "eval", key)
+            if not steps.size:
+                axis.axhline(alive(run)[key].mean(), color=colour, lw=1.2, ls="--", label=NAMES[name])
+                continue
+            axis.plot(steps, values.mean(0), color=colour, lw=2 if name == "marvel" else 1.3, label=NAMES[name])
+            if len(values) > 1:
+                low, high = np.array([measures.interval(column) for column in values.T]).T
+                axis.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
+    if not math.isnan(best):
+        axes[0].axhline(best, color="grey", lw=1, ls=":", label="best safe return of the dataset")
+    axes[1].axhline(limit, color="red", lw=1.2, ls="--", label=f"cost limit {limit:g}")
+    axes[1].set_yscale("symlog", linthresh=max(limit, 1.0))
+    axes[1].set_ylim(bottom=0)
+    for axis, label in zip(axes, ("return", "cost")):
+        axis.set_xlabel("online environment steps")
+        axis.set_ylabel(f"episode {label}")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=4, fontsize=8, frameon=False)
+    return save(figure, path, top=0.98 - 0.055 * math.ceil(len(handles) / 4))
+
+
+def draw_multipliers(task: Task, path: Path) -> bool:
+    """Training cost, lambda, and aPID's gains relative to their initial values, over online steps: means, ranges over seeds."""
+    names = [name for name in MULTIPLIERS if name in task and traces(task[name], "train", "multiplier")[0].size]
+    if not names:
+        return False
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for name in names:
+        for axis, key in zip(axes, ("cost", "multiplier")):
+            steps, values = traces(task[name], "train", key)
+            if steps.size:
+                axis.plot(steps, values.mean(0), color=COLOURS[name], lw=1.3, label=NAMES[name])
+                axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[name], alpha=0.1, lw=0)
+    if "marvel" in names:
+        for key, style in (("kp", "-"), ("ki", "--"), ("kd", ":")):
+            steps, values = traces(task["marvel"], "train", key)
+            initial = (task["marvel"].about.get("config") or {}).get(key) or (values[:, 0].mean() if steps.size else 0)
+            if steps.size and initial:
+                axes[2].plot(
+                    steps, (values / initial).mean(0), color="black", ls=style, lw=1.3, label=f"K{key[1]} of aPID / initial"
+                )
+        axes[2].set_yscale("log")
+    limit = task[names[0]].cost_limit
+    axes[0].axhline(limit, color="red", lw=1.2, ls="--")
+    axes[0].set_yscale("symlog", linthresh=max(limit, 1.0))
+    axes[0].set_ylim(bottom=0)
+    for axis, label in zip(axes, ("training episode cost", "multiplier λ", "gain / initial gain")):
+        axis.set_ylabel(label)
+        axis.set_xlabel("online environment steps")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+    axes[1].legend(fontsize=7, frameon=False)
+    if "marvel" in names:
+        axes[2].legend(fontsize=7, frameon=False)
+    return save(figure, path)
+
+
+def draw_aggregate(shown: list[tuple], path: Path) -> bool:
+    """Interquartile means, and probabilities that Marvel is better, with intervals."""
+    if not shown:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(shown)), sharey=True)
+    for axis, which in zip(axes, (1, 2)):
+        for row, entry in enumerate(shown):
+            if entry[which]:
+                middle, low, high = entry[which]
+                axis.plot([low, high], [row, row], color=COLOURS[entry[0]], lw=5, alpha=0.35, solid_capstyle="butt")
+                axis.plot([middle], [row], "o", color=COLOURS[entry[0]], ms=5)
+    axes[0].set_yticks(range(len(shown)), [NAMES[entry[0]] for entry in shown])
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("IQM of final return / best safe return of the data")
+    axes[1].set_xlabel("P(Marvel ends better: safe first, then return)")
+    axes[1].axvline(0.5, color="grey", lw=1, ls="--")
+    axes[1].set_xlim(0, 1)
+    return save(figure, path)
+
+
+def draw_alignment(tasks: dict[str, Task], path: Path) -> bool:
+    """Rank correlations before and after pre-alignment of every seed of Marvel, and their means."""
+    shown = {
+        env: task["marvel"] for env, task in tasks.items() if "marvel" in task and rank_changes({env: task}, "rank_q_policy")
+    }
+    if not shown:
+        return False
+    figure, axes = plt.subplots(1, len(shown), figsize=(1 + 2.6 * len(shown), 3), sharey=True, squeeze=False)
+    for axis, (env, run) in zip(axes[0], shown.items()):
+        for i, column in enumerate(RANKS):
+            pairs = measures.ranks(run, column)
+            for pair in pairs:
+                axis.plot([i - 0.2, i + 0.2], pair, color="grey", lw=0.7, alpha=0.7)
+            axis.plot([i - 0.2, i + 0.2], np.nanmean(pairs, 0), "-o", color="C3" if "qc" in column else "C0", ms=4)
+        axis.axhline(0, color="grey", lw=0.6)
+        axis.set_xticks(range(len(RANKS)), [label.replace(", ", "\n") for label in RANKS.values()], fontsize=7)
+        axis.set_title(env, fontsize=8)
+    axes[0, 0].set_ylabel("rank correlation,\nbefore → after")
+    return save(figure, path)
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def report(folder: Path) -> str:
+    """The text of README.md; draws the figures on the way. Raises csvs.BadInput."""
+    runs = csvs.baselines(folder)
+    if not runs:
+        raise csvs.BadInput(f"{folder}: no ENV/ALGO.csv: make some with `make sweep` and `make accept`")
+    lines = [
+        "# Results", "",
+        "Written by `make report` from the CSV and JSON files in these folders; edit nothing here. `make sweep` runs what is",
+        "missing, `make diff` compares fresh runs with these, `make accept` puts them here.", "",
+        "Intervals are 95% bootstraps over seeds, widened for few of them (`results/measures.py`). Per seed:", "",
+        *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
+        "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
+        "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, and losing every comparison", "",
+    ]  # fmt: skip
+    limits = sorted({run.cost_limit for run in runs.values()}, key=lambda limit: (limit != csvs.LIMIT, limit))
+    for limit in limits:
+        suffix = csvs.stem("", limit)
+        present = {run.env for run in runs.values() if run.cost_limit == limit}
+        envs = [env for env in ENVS if env in present] + sorted(present - set(ENVS))
+        order = {name: i for i, name in enumerate(ALGOS)}
+        of_env = lambda env: sorted(
+            (r for r in runs.values() if (r.env, r.cost_limit) == (env, limit)), key=lambda r: order.get(r.name, 99)
+        )
+        tasks = {env: {run.name: run for run in of_env(env)} for env in envs}
+        if limit != csvs.LIMIT:
+            lines += [f"# Cost limit {limit:g}", ""]
+        absent = [env for env in ENVS if env not in present]
+        if absent:
+            lines += [f"Of the core suite, there are no results of {', '.join(absent)} at limit {limit:g}.", ""]
+        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + alignment(tasks, folder, suffix)
+        for env, task in tasks.items():
+            lines += section(env, task, folder, suffix)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = csvs.Parser(__doc__)
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "results", help="folder of ENV/ALGO.csv, where README.md is written"
+    )
+    folder = parser.parse_args(arguments).results
+    text = report(folder)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"{folder / 'README.md'}: {text.count(chr(10))} lines")
+    return 0
+
+
+if __name__ == "__main__":
+    csvs.command(main)

@@ -1,0 +1,228 @@
+"""algos/{bear_lag,bc_safe,jsrl,pex,so2,naive_o2o}.py: what they have of their own, against values worked out independently."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import bc_safe, bear_lag, jsrl, pex, so2
+from data import dsrl
+from tests import probes
+from tests.test_maths import variant  # noqa: F401  (a fixture)
+
+ENV = SimpleNamespace(obs_size=3, action_size=2, horizon=10, name="none")
+SMALL = dict(hidden=(8,), gamma=0.9)
+
+
+def built(algo, **changes):
+    vae = {"vae_hidden": (8,)} if "vae_hidden" in algo.Args.__dataclass_fields__ else {}
+    fixed = algo.build(algo.Args(**{**SMALL, **vae, **changes}), ENV, {})
+    return fixed, algo.init_params(jax.random.key(0), fixed)
+
+
+def some_batch(algo, n=6):
+    keys = jax.random.split(jax.random.key(5), 6)
+    normal = lambda k, *shape: jax.random.normal(k, shape)
+    terminated = jnp.array([0, 1, 0, 0, 1, 0.0])[:n]
+    return algo.Batch(normal(keys[0], n, 3), jnp.tanh(normal(keys[1], n, 2)), normal(keys[2], n), jnp.abs(normal(keys[3], n)), normal(keys[4], n, 3), terminated)
+
+
+# ---------------------------------------------------------------- BEAR
+
+
+def test_mmd_against_a_double_loop(variant):  # noqa: F811
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 5, 2)) + 0.5
+    kernel = lambda a, b: np.exp(-np.abs(a - b).sum() / 0.7)
+    mean = lambda u, v: np.mean([kernel(a, b) for a in u for b in v])
+    expected = [mean(u, u) - 2 * mean(u, v) + mean(v, v) for u, v in zip(x, y)]
+    found = variant(lambda x, y: bear_lag.mmd_squared(x, y, 0.7))(jnp.float32(x), jnp.float32(y))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_mmd_is_zero_only_for_equal_samples():
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    assert float(bear_lag.mmd_squared(x, x[::-1], 1.0)) == pytest.approx(0.0, abs=1e-6)
+    assert float(bear_lag.mmd_squared(x, x + 1.0, 1.0)) > 0.1
+
+
+def test_bear_critic_targets():
+    """Loss of critics that output known constants: targets are w min + (1-w) max of the targets' two critics, the mean for cost."""
+    fixed, params = built(bear_lag, mmd_samples=4)
+    batch = some_batch(bear_lag)
+    constant = lambda critic, value: jax.tree.map(jnp.zeros_like, critic) | {"params": _with_bias(critic["params"], value)}
+    targets = {"reward": constant(params["critics"]["reward"], [2.0, 6.0]), "cost": constant(params["critics"]["cost"], [3.0])}
+    critics = {"reward": constant(params["critics"]["reward"], [0.5, -0.5]), "cost": constant(params["critics"]["cost"], [1.0])}
+    loss, info = bear_lag.bear_critic_loss(critics, params, targets, batch, jax.random.key(1), fixed)
+    alive = 0.9 * (1 - np.asarray(batch.terminated))
+    target = 0.1 * np.asarray(batch.reward) + alive * (0.75 * 2 + 0.25 * 6)
+    cost_target = np.asarray(batch.cost) + alive * 3.0
+    expected = np.mean((np.array([[0.5], [-0.5]]) - target) ** 2) + np.mean((1.0 - cost_target) ** 2)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert float(info["q"]) == pytest.approx(0.0, abs=1e-6)
+
+
+def _with_bias(params, values):
+    """All weights zero, the last layer's bias of each member as given."""
+    zero = jax.tree.map(jnp.zeros_like, params)
+    (name,) = zero
+    last = sorted(k for k in zero[name] if k.startswith("Dense"))[-1]
+    zero[name][last]["bias"] = jnp.array(values)[:, None]
+    return zero
+
+
+def test_dual_losses_move_both_the_right_way():
+    gradient = jax.grad(bear_lag.dual_losses)
+    high = gradient(jnp.zeros(2), 0.2, 9.0, 0.05, 4.0)
+    low = gradient(jnp.zeros(2), 0.01, 1.0, 0.05, 4.0)
+    np.testing.assert_allclose(high, [-0.15, -5.0], rtol=1e-5)  # descent raises both
+    np.testing.assert_allclose(low, [0.04, 3.0], rtol=1e-5)
+
+
+def test_bear_actor_comes_back_to_the_behaviour():
+    """With no value to gain, descending the actor's loss brings the MMD down."""
+    fixed, params = built(bear_lag)
+    params["critics"] = jax.tree.map(jnp.zeros_like, params["critics"])
+    params["actor"] = jax.tree.map(lambda x: 3 * x, params["actor"])
+    batch = some_batch(bear_lag)
+    loss = lambda actor, key: bear_lag.bear_actor_loss(actor, params, batch, key, fixed)
+
+    @jax.jit
+    def step(actor, key):
+        gradient, info = jax.grad(loss, has_aux=True)(actor, key)
+        return jax.tree.map(lambda p, g: p - 0.05 * g, actor, gradient), info["mmd"]
+
+    actor, found = params["actor"], []
+    for key in jax.random.split(jax.random.key(3), 300):
+        actor, mmd = step(actor, key)
+        found.append(float(mmd))
+    assert np.mean(found[-20:]) < 0.6 * np.mean(found[:20])
+
+
+# ---------------------------------------------------------------- BC-Safe
+
+
+def trajectories(*episodes):
+    """A dataset of (length, total return, total cost, finished) episodes, all paid in the last step."""
+    rows = []
+    for length, total, cost, finished in episodes:
+        for i in range(length):
+            last = i == length - 1
+            rows.append((total * last, cost * last, last and finished))
+    rewards, costs, ends = (np.array(x, np.float32) for x in zip(*rows))
+    obs = np.zeros((len(rows), 3), np.float32)
+    return dsrl.Dataset(obs, obs, np.zeros((len(rows), 2), np.float32), rewards, costs, np.zeros(len(rows), bool), ends > 0)
+
+
+def test_chosen_trajectories():
+    data = trajectories((2, 10.0, 5.0, True), (3, 50.0, 30.0, True), (1, 48.0, 40.0, True), (2, 2.0, 0.0, True), (4, 99.0, 0.0, False))
+    chosen = lambda **changes: bc_safe.chosen_trajectories(data, bc_safe.Args(**changes))
+    runs = [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 8), slice(8, 12)]
+    of = lambda mask: [bool(mask[r].all()) for r in runs if mask[r].all() == mask[r].any()]
+    assert of(chosen()) == [True, False, False, True, False]  # the unfinished one costs nothing yet, and does not count
+    assert of(chosen(cost_limit=35.0)) == [True, True, False, True, False]
+    assert of(chosen(data="all")) == [True] * 5
+    assert of(chosen(data="frontier", frontier=0.9)) == [True, True, True, True, False]
+    assert of(chosen(data="frontier", frontier=0.97)) == [True, True, False, True, False]
+
+
+def test_bc_recovers_a_known_policy():
+    """Data drawn from tanh(N(obs_0, 0.3)): cloned to the same mean and spread."""
+    fixed, params = built(bc_safe, hidden=(32,))
+    fixed = fixed._replace(optimizers=bc_safe.build(fixed.args, ENV, {"actor": 3e-3}).optimizers)
+    obs = jax.random.uniform(jax.random.key(0), (4096, 3), minval=-1.0)
+    u = obs[:, :1] + 0.3 * jax.random.normal(jax.random.key(1), (4096, 2))
+    zero = jnp.zeros(4096)
+    data = bc_safe.Batch(obs, jnp.tanh(u), zero, zero, obs, zero)
+    learner = bc_safe.start_phase(params, fixed)
+    learn = jax.jit(partial(bc_safe.learn_offline, step=bc_safe.bc_step, batch_size=256, steps=1500, fixed=fixed))
+    learner, _ = learn(learner, (data,), jax.random.key(2))
+    mean, log_std = fixed.networks["actor"].apply(learner.params["actor"], obs)
+    assert float(jnp.abs(mean - obs[:, :1]).mean()) < 0.06
+    assert float(jnp.exp(log_std).mean()) == pytest.approx(0.3, abs=0.03)
+
+
+# ---------------------------------------------------------------- JSRL
+
+
+def test_advance():
+    args = jsrl.Args(stages=4, tolerance=0.1, handover=0.5, iterations=100, cost_limit=20.0)
+    start = jsrl.Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan))
+    episodes = lambda ret, cost: {"return": jnp.float32(ret), "cost": jnp.float32(cost)}
+    first = jsrl.advance(start, episodes(100.0, 30.0), 1, args)
+    assert float(first.share) == pytest.approx(0.75) and first.guide.tolist() == [100.0, 30.0]
+    worse = jsrl.advance(first, episodes(80.0, 0.0), 2, args)  # a fifth below the guide's return
+    assert float(worse.share) == pytest.approx(0.75)
+    dear = jsrl.advance(first, episodes(120.0, 34.0), 2, args)  # above both the limit and 1.1 times the guide's cost
+    assert float(dear.share) == pytest.approx(0.75)
+    good = jsrl.advance(first, episodes(91.0, 32.0), 2, args)
+    assert float(good.share) == pytest.approx(0.5) and good.guide.tolist() == [100.0, 30.0]
+    assert float(jsrl.advance(first, episodes(0.0, 99.0), 25, args).share) == pytest.approx(0.5)  # the schedule's line
+    assert float(jsrl.advance(first, episodes(0.0, 99.0), 60, args).share) == 0.0
+
+
+def test_the_guide_plays_first():
+    env = probes.Constant(1.0, 0.0, horizon=8)
+    actors = jsrl.init_actors(jax.random.key(0), env, 3)
+    guide, policy = (lambda v: lambda obs, key: jnp.full((*obs.shape[:-1], 1), v))(-0.5), lambda obs, key: jnp.full((*obs.shape[:-1], 1), 0.5)
+    _, batch, ended = jsrl.collect_jump_start(actors, guide, policy, 0.5, jax.random.key(1), env, 16)
+    expected = np.where(np.arange(16) % 8 < 4, -0.5, 0.5)
+    np.testing.assert_array_equal(batch.action[..., 0], np.tile(expected[:, None], (1, 3)))
+    assert float(ended.number) == 6
+
+
+# ---------------------------------------------------------------- PEX
+
+
+def test_the_critics_choose_between_the_policies():
+    """Softmax of (Q - lambda Qc) / T over the two policies' actions, seen in how often either is chosen."""
+    fixed, params = built(pex, temperature=0.5)
+    other = pex.init_params(jax.random.key(9), fixed)["actor"]
+    narrow = lambda actor: jax.tree.map(lambda x: x, actor)
+    both = {"prior": narrow(params["actor"]), "actor": other}
+    obs = jnp.broadcast_to(jnp.array([0.3, -1.0, 0.7]), (4000, 3))
+    action, log_prob = pex.expanded_policy(both, params["critics"], 0.8, obs, jax.random.key(2), fixed)
+    keys = jax.random.split(jax.random.key(2), 3)
+    drawn = [pex.sample_action(k, *fixed.networks["actor"].apply(both[name], obs)) for k, name in zip(keys, ("prior", "actor"))]
+    from_prior = np.all(np.asarray(action == drawn[0][0]), 1)
+    from_new = np.all(np.asarray(action == drawn[1][0]), 1)
+    assert np.all(from_prior ^ from_new)
+    np.testing.assert_allclose(log_prob, np.where(from_prior, drawn[0][1], drawn[1][1]), rtol=1e-6)
+    score = [
+        fixed.networks["reward"].apply(params["critics"]["reward"], obs, a).min(0) - 0.8 * fixed.networks["cost"].apply(params["critics"]["cost"], obs, a)[0]
+        for a, _ in drawn
+    ]
+    expected = jax.nn.sigmoid((score[0] - score[1]) / 0.5)
+    assert from_prior.mean() == pytest.approx(float(expected.mean()), abs=0.03)
+    assert 0.05 < from_prior.mean() < 0.95
+
+
+# ---------------------------------------------------------------- SO2
+
+
+def test_perturbed_actions():
+    args = so2.Args(noise=0.5, noise_clip=0.6)
+    action = jnp.zeros((20_000, 1))
+    moved = np.asarray(so2.perturbed(jax.random.key(0), action, args))[:, 0]
+    assert np.abs(moved).max() == pytest.approx(0.6)
+    assert np.mean(np.abs(moved) > 0.5999) == pytest.approx(2 * (1 - 0.8849), abs=0.02)  # P(|N(0, 0.5)| > 0.6)
+    assert moved[np.abs(moved) < 0.59].std() == pytest.approx(0.29, abs=0.02)
+    at_bound = np.asarray(so2.perturbed(jax.random.key(1), jnp.ones((1000, 2)), args))
+    assert at_bound.max() == 1.0 and at_bound.min() >= 0.4 - 1e-6
+
+
+def test_so2_without_noise_is_the_plain_critic_loss():
+    fixed, params = built(so2, noise=0.3)
+    quiet = fixed._replace(args=replace(fixed.args, noise=0.0))
+    batch, targets = some_batch(so2), params["critics"]
+    loss = lambda f: so2.so2_critic_loss(params["critics"], params["actor"], targets, 0.01, batch, jax.random.key(4), f)[0]
+    key_action, _ = jax.random.split(jax.random.key(4))
+    from algos import marvel
+
+    plain = marvel.critic_loss(params["critics"], params["actor"], targets, (0.01, 0.0), batch, key_action, fixed)[0]
+    assert float(loss(quiet)) == pytest.approx(float(plain), rel=1e-6)
+    assert float(loss(fixed)) != pytest.approx(float(plain), rel=1e-4)

@@ -1,0 +1,698 @@
+"""results/: the CSV reader, the measures, sweep, diff and report, on synthetic results whose answers are known."""
+
+import collections
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algos import logbook
+from results import csvs, diff, measures, report, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = "SafetyPointRun"
+
+
+# ---------------------------------------------------------------- synthetic results
+
+
+def row(seed, phase, event, gradient_steps=0, env_steps=0, **values):
+    blank = {column: math.nan for column in csvs.COLUMNS}
+    fixed = {"env": ENV, "algo": "marvel", "seed": seed, "phase": phase, "event": event, "gradient_steps": gradient_steps}
+    rest = {"env_steps": env_steps, "cost_limit": 20.0, "config_hash": "c" * 12, "commit": "0" * 12, "dataset_hash": "d" * 12}
+    return blank | fixed | rest | values
+
+
+def seed_rows(seed, final=700.0, cost=10.0, train_cost=15.0, **fixed):
+    """Offline return 500 and cost 30, three online evaluations up to `final` and `cost`, 10 blocks of 5 training episodes."""
+    rows = [row(seed, "offline", "eval", 100, 0, episodes=20.0, **{"return": 500.0, "cost": 30.0})]
+    for phase, q in (("offline", 0.1), ("vpa", 0.6)):
+        rows.append(row(seed, phase, "rank", 100, 0, **dict.fromkeys(report.RANKS, q)))
+    for i in range(1, 11):
+        steps = dict(gradient_steps=100 + i, env_steps=2500 * i)
+        values = {
+            "episodes": 5.0,
+            "return": 0.0,
+            "cost": train_cost,
+            "length": 500.0,
+            "multiplier": 0.1 * i,
+            "kp": 0.001,
+            "ki": 0.0001,
+            "kd": 0.001,
+        }
+        rows.append(row(seed, "online", "train", **steps, **values))
+        if i % 5 == 0:
+            value = 500 + (final - 500) * i / 10
+            rows.append(row(seed, "online", "eval", **steps, episodes=20.0, **{"return": value, "cost": cost}))
+    return [r | fixed for r in rows]
+
+
+def about(seeds, **config):
+    return {
+        "config": {"actor_lr": 0.001, "lagrangian": "apid", **config},
+        "dataset": {"safe_return_best": 800.0},
+        "runs": [
+            {
+                "seeds": list(seeds),
+                "command": f"algos/marvel.py --env {ENV} --seeds {len(seeds)}",
+                "commit": "0" * 12,
+                "device": "cpu",
+                "seconds": 10.0,
+            }
+        ],
+    }
+
+
+def make_run(name="marvel", seeds=5, final=700.0, cost=10.0, train_cost=15.0, noise=5.0, config=None, **fixed):
+    """A run whose seeds spread by about `noise` around the given values."""
+    rng, rows = np.random.default_rng(0), []
+    fixed = {"algo": name.split("+")[0]} | fixed
+    for seed in range(seeds):
+        e = noise * rng.standard_normal(3)
+        rows += seed_rows(seed, final + e[0], max(0.0, cost + e[1]), max(0.0, train_cost + e[2]), **fixed)
+    return csvs.Run(Path(f"{name}.csv"), name, rows, about(range(seeds), **(config or {})))
+
+
+def run_folder(run, runs, stamp="20260101-000000", **config):
+    """The run folder that training would leave."""
+    folder = runs / run.env / run.rows[0]["algo"] / stamp
+    folder.mkdir(parents=True)
+    path = csvs.write(run, runs / "tmp")
+    shutil.move(path, folder / "progress.csv")
+    shutil.rmtree(runs / "tmp")
+    seeds = {"seed": run.seeds[0], "seeds": len(run.seeds)}
+    whole = {"algo": run.rows[0]["algo"], "env": run.env, "config": run.about["config"] | seeds | config, "config_hash": "c" * 12}
+    whole |= {"dataset": run.about["dataset"], "command": run.about["runs"][0]["command"], "seconds": 10.0}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+def run_diff(capsys, *arguments):
+    code = diff.main([str(a) for a in arguments])
+    return code, capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the reader
+
+
+def test_columns_are_those_of_the_logbook():
+    assert csvs.COLUMNS == logbook.COLUMNS
+
+
+def test_writing_and_reading_keeps_every_value(tmp_path):
+    run = make_run()
+    path = csvs.write(run, tmp_path)
+    assert path == tmp_path / ENV / "marvel.csv"
+    again = csvs.load(path)
+    assert again.key == (ENV, "marvel", 20.0) and again.seeds == [0, 1, 2, 3, 4] and again.about == run.about
+    for old, new in zip(run.rows, again.rows, strict=True):
+        for column in csvs.COLUMNS:
+            same = (
+                old[column] == new[column]
+                if isinstance(old[column], str | int)
+                else np.isclose(old[column], new[column], 1e-5, equal_nan=True)
+            )
+            assert same, column
+    assert csvs.write(again, tmp_path / "b").read_bytes() == path.read_bytes()
+
+
+HEADER = ",".join(csvs.COLUMNS)
+GOOD = f"{ENV},marvel,0,online,eval,10,100,5,1.5,2,500,,,,,,,,,,,,,,,,,20.0,abc,def,123"
+BAD = [
+    ("", "column env"),
+    ("x,y\n1,2\n", "column env"),
+    (HEADER.replace(",cost,", ",") + "\n", "column cost"),
+    (HEADER.replace("kp", "seed") + "\n", "column seed"),
+    (HEADER + "\n", "no rows"),
+    (f"{HEADER}\n{GOOD.rsplit(',', 2)[0]}\n", "row 2 has 29 fields"),
+    (f"{HEADER}\n{GOOD},7\n", "row 2 has 32 fields"),
+    (f"{HEADER}\n{GOOD.replace('1.5', 'abc')}\n", "return is 'abc', not a number"),
+    (f"{HEADER}\n{GOOD.replace('1.5', '1_5')}\n", "return is '1_5', not a number"),
+    (f"{HEADER}\n{GOOD.replace('1.5', 'nan')}\n", "return is nan, not finite"),
+    (f"{HEADER}\n{GOOD.replace('1.5', '1e999')}\n", "return is 1e999, not finite"),
+    (f"{HEADER}\n{GOOD.replace('1.5', '')}\n", "eval row without return"),
+    (f"{HEADER}\n{GOOD.replace(',0,online', ',-1,online')}\n", "seed is '-1', not a whole number"),
+    (f"{HEADER}\n{GOOD.replace(',0,online', ',1.5,online')}\n", "seed is '1.5'"),
+    (f"{HEADER}\n{GOOD.replace(',100,', ',,')}\n", "env_steps is ''"),
+    (f"{HEADER}\n{GOOD.replace('eval', 'evil')}\n", "event 'evil' is none of"),
+    (f"{HEADER}\n{GOOD.replace('marvel', '')}\n", "algo is empty"),
+    (f"{HEADER}\n{GOOD}\n{GOOD}\n", "row 3 repeats row 2"),
+    (f"{HEADER}\n{GOOD}\n{GOOD.replace(ENV, 'Other').replace('10,100', '11,100')}\n", "several values of env"),
+    (f"{HEADER}\n{GOOD}\n{GOOD.replace('20.0', '40.0').replace('10,100', '11,100')}\n", "several values of cost_limit"),
+    (f"{HEADER}\n{GOOD}\n".encode() + b"\xff\xfe", "not a readable CSV"),
+    (f'{HEADER}\n"{GOOD}', "not a readable CSV"),
+    (f"{HEADER}\n{GOOD}\n".encode("utf-16"), "not a readable CSV"),
+]
+
+
+@pytest.mark.parametrize("content, message", BAD)
+def test_a_bad_csv_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(csvs.BadInput) as found:
+        csvs.read(path)
+    assert message in str(found.value) and str(path) in str(found.value) and "\n" not in str(found.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_fuzz_the_reader_reads_or_refuses(tmp_path_factory, data):
+    """Whatever the bytes: rows of the promised types, or BadInput in one line; never anything else."""
+    content = bytearray(f"{HEADER}\r\n{GOOD}\r\n{GOOD.replace('10,100', '11,200')}\r\n".encode())
+    if data.draw(st.booleans()):
+        for _ in range(data.draw(st.integers(1, 6))):
+            at, piece = (
+                data.draw(st.integers(0, len(content))),
+                data.draw(st.binary(max_size=6) | st.sampled_from([b",", b"\n", b'"', b"inf", b"-", b"\0"])),
+            )
+            content[at : at + data.draw(st.integers(0, 6))] = piece
+    else:
+        content = data.draw(st.binary(max_size=300))
+    path = tmp_path_factory.getbasetemp() / "fuzz.csv"
+    path.write_bytes(content)
+    try:
+        rows = csvs.read(path)
+    except csvs.BadInput as error:
+        assert "\n" not in str(error)
+        return
+    for r in rows:
+        assert r.keys() == set(csvs.COLUMNS) and r["event"] in csvs.EVENTS and r["seed"] >= 0
+        assert all(isinstance(r[c], str if c in csvs.TEXT else int if c in csvs.COUNTS else float) for c in csvs.COLUMNS)
+    measures.per_seed(csvs.Run(path, "marvel", rows, {}))
+
+
+def test_a_torn_json_beside_a_csv_is_one_line(tmp_path):
+    path = csvs.write(make_run(), tmp_path)
+    path.with_suffix(".json").write_text('{"config": {')
+    with pytest.raises(csvs.BadInput, match="marvel.json: not the JSON"):
+        csvs.load(path)
+
+
+def test_a_control_is_recognised_by_its_arguments():
+    assert csvs.variant("marvel", {"critics": "fresh", "vpa_alpha_reward": 0.002}) == "marvel+fresh"
+    assert csvs.variant("marvel", {"vpa_alpha_reward": 0.0, "vpa_alpha_cost": 0.0, "critics": "pretrained"}) == "marvel+fqe"
+    assert csvs.variant("marvel", {"vpa_alpha_reward": 0.0, "vpa_alpha_cost": 0.1}) == "marvel"
+    assert csvs.variant("sac_lag", {}) == "sac_lag"
+
+
+# ---------------------------------------------------------------- the measures
+
+
+def test_measures_of_a_run_worked_out_by_hand():
+    rows = [row(0, "offline", "eval", 100, 0, episodes=5.0, **{"return": 100.0, "cost": 50.0})]
+    for i, cost in enumerate([60.0, 10.0, 30.0, 10.0, 10.0, 10.0, 10.0, 10.0, 100.0], 1):
+        rows.append(row(0, "online", "train", 100 + i, 500 * i, episodes=5.0, length=100.0, cost=cost))
+    rows += [
+        row(0, "online", "eval", 110, steps, episodes=5.0, **{"return": r, "cost": c})
+        for steps, r, c in ((1500, 400.0, 1.0), (4500, 200.0, 2.0))
+    ]
+    found = {key: values[0] for key, values in measures.per_seed(csvs.Run(Path("x"), "marvel", rows, {})).items()}
+    assert (found["offline_return"], found["offline_cost"], found["return"], found["cost"]) == (100, 50, 200, 2)
+    assert found["auc"] == pytest.approx((1500 * 250 + 3000 * 300) / 4500)
+    assert (found["training_episodes"], found["training_cost"]) == (45, 5 * 250)
+    assert found["cost_rate"] == pytest.approx(5 * 250 / 4500)
+    assert found["regret"] == 5 * (40 + 10 + 80)
+    assert found["episodes_to_safe"] == 5  # mean of 10 30 10 10 is 15
+    assert math.isinf(found["episodes_to_stay"])  # the last window holds 100
+
+
+def test_regret_does_not_depend_on_how_training_episodes_are_grouped_below_the_block():
+    fine = [
+        row(0, "online", "train", i, 500 * i, episodes=1.0, length=500.0, cost=c)
+        for i, c in enumerate([0.0, 100.0, 0.0, 0.0, 0.0] * 2, 1)
+    ]
+    coarse = [row(0, "online", "train", i, 2500 * i, episodes=5.0, length=500.0, cost=20.0) for i in (1, 2)]
+    a, b = (measures.per_seed(csvs.Run(Path("x"), "marvel", rows, {})) for rows in (fine, coarse))
+    assert a["regret"] == b["regret"] == 0 and a["training_cost"] == b["training_cost"] == 200
+
+
+def test_intervals_hold_what_they_promise():
+    """Coverage of the 95% interval of the mean of 5 normal values: at least 92% (a plain percentile bootstrap has about 83%)."""
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(400):
+        low, high = measures.interval(rng.standard_normal(5))
+        inside.append(low <= 0 <= high)
+    assert np.mean(inside) > 0.92
+    assert measures.interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    assert all(map(math.isnan, measures.interval([3.0, math.nan])))
+
+
+def test_aggregates_worked_out_by_hand():
+    middle, low, high = measures.iqm([np.array([0.0, 1.0]), np.array([2.0, 100.0])])
+    assert middle == 1.5 and low <= 1.5 <= high
+    p, low, high = measures.improvement([(np.array([1.0, 3.0]), np.array([2.0, 3.0])), (np.array([5.0]), np.array([1.0]))])
+    assert p == pytest.approx(((0 + 0 + 1 + 0.5) / 4 + 1) / 2) and low <= p <= high
+    x, y = measures.as_numbers(
+        measures.constrained_order([900, 100], [30, 5], 20), measures.constrained_order([50, 999], [20, 25], 20)
+    )
+    assert list(np.argsort(np.concatenate([x, y]))) == [0, 3, 2, 1]  # cost 30, cost 25, safe 50, safe 100
+
+
+# ---------------------------------------------------------------- diff
+
+
+@pytest.fixture
+def place(tmp_path):
+    csvs.write(make_run(), tmp_path / "results")
+    return tmp_path
+
+
+def fresh_against_baseline(place, capsys, run, *more):
+    run_folder(run, place / "runs")
+    return run_diff(capsys, "--runs", place / "runs", "--results", place / "results", *more)
+
+
+def test_identical_runs_are_the_same(place, capsys):
+    code, out = fresh_against_baseline(place, capsys, make_run())
+    assert code == 0 and out.count("same") == 4 and "0 worse of 4" in out and "*" not in out
+
+
+@pytest.mark.parametrize(
+    "changed, verdicts, code",
+    [
+        (dict(final=300.0), {"return": "worse", "auc": "worse", "cost": "same", "training_cost": "same"}, 1),
+        (dict(final=900.0), {"return": "better", "auc": "better", "cost": "same", "training_cost": "same"}, 0),
+        (dict(cost=90.0), {"return": "same", "auc": "same", "cost": "worse", "training_cost": "same"}, 1),
+        (dict(cost=0.0, train_cost=0.0), {"return": "same", "auc": "same", "cost": "same", "training_cost": "same"}, 0),
+        (dict(train_cost=60.0), {"return": "same", "auc": "same", "cost": "same", "training_cost": "worse"}, 1),
+        (dict(final=703.0), {"return": "same", "auc": "same", "cost": "same", "training_cost": "same"}, 0),
+    ],
+)
+def test_a_shift_beyond_the_interval_is_told(place, capsys, changed, verdicts, code):
+    found, out = fresh_against_baseline(place, capsys, make_run(**changed))
+    assert found == code
+    for measure, verdict in verdicts.items():
+        assert re.search(rf"  {measure} .* {verdict}$", out, re.MULTILINE), (measure, out)
+
+
+def test_a_shift_within_the_spread_of_seeds_is_no_verdict(tmp_path, capsys):
+    csvs.write(make_run(noise=200.0), tmp_path / "results")
+    code, out = fresh_against_baseline(tmp_path, capsys, make_run(noise=200.0, final=600.0))
+    assert code == 0 and "worse" not in out.replace("0 worse of", "")
+
+
+def test_what_is_not_alike_is_named(place, capsys):
+    other = make_run(seeds=3, config={"actor_lr": 0.5}, dataset_hash="e" * 12)
+    code, out = fresh_against_baseline(place, capsys, other)
+    assert "fewer seeds in the fresh run: 5 -> 3" in out and f"other dataset: {'d' * 12} -> {'e' * 12}" in out
+    assert "other configuration: actor_lr 0.001 -> 0.5" in out and "same *" in out
+    more = make_run(seeds=6)
+    assert "fewer seeds in the baseline: 5 -> 6" in diff.cautions(make_run(), more)
+    limit = make_run(cost_limit=40.0)
+    assert "other cost limit: 20 -> 40" in diff.cautions(make_run(), limit)
+    path = csvs.write(limit, place / "results")
+    assert path.name == "marvel@40.csv"
+    path.with_suffix(".json").unlink()
+    code, out = run_diff(capsys, place / "results" / ENV / "marvel.csv", path)
+    assert "other cost limit: 20 -> 40" in out
+
+
+def test_one_seed_is_unclear_and_missing_and_new_are_named(place, capsys):
+    csvs.write(make_run("cpq"), place / "results")
+    run_folder(make_run("sac_lag"), place / "runs", "20260101-000001")
+    code, out = fresh_against_baseline(place, capsys, make_run(seeds=1, final=0.0))
+    assert code == 0 and "unclear" in out
+    assert re.search(r"cpq +5 -> - .*missing", out) and re.search(r"sac_lag +- -> 5 .*new", out)
+
+
+def test_more_diverged_seeds_are_worse(place, capsys):
+    run = make_run()
+    lost = [r for r in run.rows if r["seed"] != 3] + seed_rows(3)[:4] + [row(3, "online", "diverged", 102, 5000)]
+    code, out = fresh_against_baseline(place, capsys, csvs.Run(run.path, run.name, lost, run.about))
+    assert code == 1 and re.search(r"diverged seeds +0 +1 +worse", out)
+    assert "diverged in the fresh run: seed 3 (online, step 102)" in out
+
+
+def test_accept_merges_seeds_of_the_same_configuration_and_replaces_others(place, capsys):
+    run_folder(make_run(seeds=2, final=650.0), place / "runs", "20260101-000000")
+    arguments = ["--runs", place / "runs", "--results", place / "results"]
+    assert run_diff(capsys, *arguments, "--accept") == (0, f"{ENV}/marvel.csv: seeds 0 1, kept 2 3 4\n")
+    merged = csvs.load(place / "results" / ENV / "marvel.csv")
+    assert merged.seeds == [0, 1, 2, 3, 4] and [part["seeds"] for part in merged.about["runs"]] == [[0, 1], [2, 3, 4]]
+    assert measures.per_seed(merged)["return"][2] == pytest.approx(measures.per_seed(make_run())["return"][2], rel=1e-5)
+    assert measures.per_seed(merged)["return"][0] < 670 < measures.per_seed(make_run())["return"][0]
+    run_folder(make_run(seeds=2, config={"actor_lr": 0.5}), place / "runs", "20260101-000001")
+    run_diff(capsys, *arguments, "--accept")
+    assert csvs.load(place / "results" / ENV / "marvel.csv").seeds == [0, 1]
+    code, out = run_diff(capsys, *arguments)
+    assert code == 0 and out.count("same") == 4
+
+
+def test_fresh_runs_of_one_configuration_are_put_together(tmp_path):
+    first, second = make_run(seeds=3), make_run(seeds=2, final=100.0)
+    later = csvs.Run(second.path, second.name, [r | {"seed": r["seed"] + 2} for r in second.rows], about([2, 3]))
+    run_folder(first, tmp_path, "20260101-000000")
+    run_folder(later, tmp_path, "20260101-000001")
+    run_folder(make_run(seeds=5, config={"actor_lr": 9.0}), tmp_path, "20250101-000001")
+    unfinished = run_folder(make_run(seeds=5), tmp_path, "20270101-000001")
+    config = json.loads((unfinished / "config.json").read_text())
+    del config["seconds"]
+    (unfinished / "config.json").write_text(json.dumps(config))
+    ((_, run),) = csvs.fresh(tmp_path).items()
+    assert run.seeds == [0, 1, 2, 3]
+    returns = measures.per_seed(run)["return"]
+    assert (returns[:2] > 600).all() and (returns[2:] < 200).all()  # the newest of seed 2 counts
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.csv", "nothing.csv"], "nowhere.csv: no such file"),
+        (["one.csv"], "name two files"),
+        (["--runs", "nowhere"], "nowhere: no finished run"),
+        (["--confidence", "1"], "--confidence must be between"),
+        (["--confidence", "x"], "invalid float value"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_diff_refuses_bad_input_in_one_line(tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: diff.main(arguments), message, capsys)
+
+
+def refused(main, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        csvs.command(main)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_report_says_what_the_numbers_say(tmp_path):
+    diverged = make_run("jsrl", seeds=2)
+    rows = [r for r in diverged.rows if r["phase"] == "offline"] + [
+        row(s, "online", "diverged", 777, 5000, algo="jsrl") for s in (0, 1)
+    ]
+    for run in (
+        make_run("marvel"), make_run("marvel+fqe", final=400.0), make_run("marvel+pid", final=900.0), make_run("marvel+pid10"),
+        make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
+        make_run("cpq", cost_limit=40.0, env="bullet/SafetyBallRun"),
+    ):  # fmt: skip
+        csvs.write(run, tmp_path)
+    text = report.report(tmp_path)
+    claim = lambda words: next(line for line in text.splitlines() if words in line and line.startswith("|"))
+    assert claim("P(better than Marvel, plain fitted Q)").endswith("| supported |")
+    assert claim("P(better than Marvel, fixed PID)").endswith("| contradicted |")
+    assert claim("P(better than SAC-Lag from scratch)").endswith("| supported |")  # unsafe loses, whatever its return
+    assert "| 0.00 [0.00, 0.00] |" in claim("P(better than SAC-Lag from scratch)")
+    assert claim("P(better than PEX)").endswith("| no data |")
+    assert claim("makes Qc rank actions").split(" | ")[3] == "0.50 [0.50, 0.50]"
+    assert claim("Marvel ends safe").endswith("| supported |")
+    line = claim("| JSRL | 0 + 2 diverged")
+    assert "diverged (online, step 777)" in line
+    assert "Missing: CPQ (offline); BC-Safe (offline); BEAR-Lag (offline); naive finetuning; PEX" in text
+    assert "# Cost limit 40" in text and "(bullet/SafetyBallRun/learning@40.png)" in text
+    assert f"`python algos/marvel.py --env {ENV} --seeds 5`" in text
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(figures) >= 6
+    for figure in figures:
+        content = (tmp_path / figure).read_bytes()
+        assert content[:4] == b"\x89PNG" and len(content) < 150_000, figure
+
+
+def test_report_reads_whatever_is_present(tmp_path):
+    offline = make_run("cpq", seeds=1)
+    csvs.write(csvs.Run(offline.path, "cpq", [r for r in offline.rows if r["phase"] == "offline"], {}), tmp_path)
+    (tmp_path / ENV / "cpq.json").unlink()
+    text = report.report(tmp_path)
+    assert (
+        "| CPQ (offline) | 1 | 500 | 30 | 500 | 30 | - | - | - | - | - | - |" in text
+        and "unknown: no JSON beside cpq.csv" in text
+    )
+    with pytest.raises(csvs.BadInput, match="no ENV/ALGO.csv"):
+        report.report(tmp_path / "empty")
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    committed = (ROOT / "results" / "README.md").read_text()
+    assert report.report(tmp_path / "results") == committed, "run `make report`"
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", committed):
+        assert (ROOT / "results" / figure).stat().st_size < 150_000
+
+
+# ---------------------------------------------------------------- sweep
+
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert sys.argv[1] == "--resume"
+algo, env, runs = Path(sys.argv[0]).stem, words["--env"], Path(words["--runs"])
+first, n = int(words["--seed"]), int(words["--seeds"])
+journal = open(runs / "journal", "a", buffering=1)
+print("start", algo, env, first, n, os.getpid(), file=journal)
+if words.get("--fail") == algo:
+    sys.exit("something went wrong in " + algo)
+offline = runs / env / "offline"
+if algo != "sac_lag" and not all((offline / str(first + i)).exists() for i in range(n)):
+    time.sleep(0.3)
+    for i in range(n):
+        print("offline", env, first + i, file=journal)
+        offline.mkdir(parents=True, exist_ok=True)
+        (offline / str(first + i)).touch()
+time.sleep(float(words.get("--sleep", 0.1)))
+folder = runs / env / algo / f"{time.time_ns()}-{os.getpid()}"
+folder.mkdir(parents=True)
+config = {"critics": words.get("--critics", "pretrained"), "cost_limit": float(words["--cost-limit"]), "seed": first, "seeds": n}
+command = " ".join(["algos/" + algo + ".py", *sys.argv[1:]])
+about = {"algo": algo, "env": env, "config": config, "command": command, "dataset": None}
+(folder / "progress.csv").write_text("")
+print("end", algo, env, first, n, os.getpid(), file=journal)
+(folder / "config.json").write_text(json.dumps(about | {"seconds": 2.0 * n, "commit": "x"}))
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """Arguments of a sweep over stand-ins for the algorithms that only sleep and keep a journal of what they did."""
+    (tmp_path / "fakes").mkdir()
+    (tmp_path / "runs").mkdir()
+    for name in ("cpq", "marvel", "sac_lag", "naive_o2o"):
+        (tmp_path / "fakes" / f"{name}.py").write_text(FAKE)
+    return ["--scripts", str(tmp_path / "fakes"), "--runs", str(tmp_path / "runs"), "--seeds", "2"]
+
+
+ALL = ["--envs", "EnvA", "bullet/EnvB", "--algos", "marvel", "cpq", "sac_lag", "marvel+fresh"]
+
+
+def journal(place, what="end"):
+    path = place / "runs" / "journal"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [tuple(line.split()[1:]) for line in lines if line.startswith(what)]
+
+
+def start_sweep(arguments):
+    command = [sys.executable, ROOT / "results" / "sweep.py", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys):
+    assert sweep.main([*fakes, *ALL[:-1]]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\[\d/6\] \S+ \S+ seeds 0-1: done in", out, re.MULTILINE)) == 6
+    assert len(journal(tmp_path)) == 6
+    assert sorted(collections.Counter(journal(tmp_path, "offline")).values()) == [1, 1, 1, 1]  # one per environment and seed
+    assert sweep.main([*fakes, *ALL]) == 0
+    assert "2 job(s) to run, 6 done" in capsys.readouterr().out and len(journal(tmp_path)) == 8
+    fakes[-1] = "4"  # two more seeds
+    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--seeds-per-job", "1"]) == 0
+    assert [entry[2:4] for entry in journal(tmp_path)[8:]] == [("2", "1"), ("3", "1")]
+    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel"]) == 0
+    assert "0 job(s) to run, 1 done" in capsys.readouterr().out
+    assert (
+        sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--limits", "20.0", "40"]) == 0
+    )  # 20.0 is the 20 that is done
+    assert len(journal(tmp_path)) == 11
+
+
+def test_offline_checkpoints_are_made_once_by_parallel_jobs(tmp_path, fakes):
+    assert sweep.main([*fakes, *ALL, "naive_o2o", "--parallel", "4"]) == 0
+    assert len(journal(tmp_path)) == 10
+    assert sorted(collections.Counter(journal(tmp_path, "offline")).values()) == [1, 1, 1, 1]
+
+
+def test_arguments_for_all_and_for_some(tmp_path, fakes, capsys):
+    some = [*fakes, *ALL, "--print-jobs", "--args=--sleep 0 --x 1", "--args-for=EnvA/marvel*=--x 2", "--args-for=*=--y 3"]
+    assert sweep.main(some) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and not journal(tmp_path, "")
+    assert all(line.endswith(f" --runs {tmp_path / 'runs'}") and " --y 3 " in line for line in lines)
+    x = {tuple(re.search(r"(\w+)\.py --resume --env (\S+)", line).groups()): re.search(r"--x (\d)", line)[1] for line in lines}
+    assert x[("marvel", "EnvA")] == "2" and x[("marvel", "bullet/EnvB")] == x[("cpq", "EnvA")] == "1"
+    fresh = [i for i, line in enumerate(lines) if "--critics fresh" in line]
+    assert min(fresh) > max(i for i, line in enumerate(lines) if "sac_lag" in line)  # what waits for others comes last
+    (tmp_path / "study").write_text("# a study\n" + "\n".join(some) + "\n")
+    assert sweep.main([f"@{tmp_path / 'study'}"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_printed_jobs_count_as_done_when_run_by_hand(tmp_path, fakes, capsys):
+    sweep.main([*fakes, *ALL, "--print-jobs"])
+    for line in capsys.readouterr().out.splitlines():
+        subprocess.run(line, shell=True, check=True, cwd=ROOT)
+    assert sweep.main([*fakes, *ALL]) == 0
+    assert "0 job(s) to run, 8 done" in capsys.readouterr().out
+
+
+def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
+    sweep.main([*fakes, "--envs", "EnvA", "--algos", "sac_lag"])
+    fakes[-1] = "5"
+    capsys.readouterr()
+    assert sweep.main([*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"EnvA sac_lag seeds 2-4 +6 s\n", out) and re.search(r"EnvB sac_lag seeds 0-4 +unknown\n", out)
+    assert "2 job(s) to run, 0 done; one after another 6 s, and 1 job(s) never measured" in out
+    assert len(journal(tmp_path)) == 1
+
+
+def test_failures_are_listed_with_their_log(tmp_path, fakes, capsys):
+    code = sweep.main([*fakes, *ALL, "--args=--fail sac_lag", "--parallel=4"])
+    out, err = capsys.readouterr()
+    assert code == 1 and out.count("FAILED (exit code 1)") == 2 and out.count(": done in") == 6
+    assert "2 of 8 job(s) failed:" in err and "EnvA sac_lag seeds 0-1: exit code 1: something went wrong in sac_lag" in err
+    logs = re.findall(r"^    (.*\.log)$", err, re.MULTILINE)
+    assert len(logs) == 2 and all("something went wrong" in Path(log).read_text() for log in logs)
+    assert sweep.main([*fakes, *ALL, "--args=--fail sac_lag"]) == 1
+    assert "2 job(s) to run, 6 done" in capsys.readouterr().out  # what failed is tried again, nothing else
+
+
+def test_another_dataset_or_argument_is_not_done(tmp_path, fakes, capsys, monkeypatch):
+    one = [*fakes, "--envs", "EnvA", "--algos", "marvel"]
+    sweep.main(one)
+    capsys.readouterr()
+    sweep.main([*one, "--args=--checkpoint-seconds 5", "--dry-run"])  # of no consequence
+    assert "0 job(s) to run, 1 done" in capsys.readouterr().out
+    sweep.main([*one, "--args=--sleep 0", "--dry-run"])
+    assert "1 job(s) to run, 0 done" in capsys.readouterr().out
+    (config,) = (tmp_path / "runs").glob("EnvA/marvel/*/config.json")
+    data = tmp_path / "data.hdf5"
+    data.write_bytes(b"1")
+    about = json.loads(config.read_text()) | {"dataset": {"path": str(data), "sha256": sweep.sha256(data)}}
+    config.write_text(json.dumps(about))
+    sweep.main([*one, "--dry-run"])
+    assert "0 job(s) to run, 1 done" in capsys.readouterr().out
+    data.write_bytes(b"2")
+    sweep.sha256.cache_clear()
+    sweep.main([*one, "--dry-run"])
+    assert "1 job(s) to run, 0 done" in capsys.readouterr().out
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_stops_its_jobs_and_goes_on_later(tmp_path, fakes, blow):
+    slow = [*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--args=--sleep 1.5"]
+    process = start_sweep(slow)
+    wait_until(lambda: journal(tmp_path, "start"))
+    process.send_signal(blow)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted: the same command goes on" in err and "Traceback" not in err
+    assert not alive(journal(tmp_path, "start")[0][-1]) and not journal(tmp_path)
+    process = start_sweep(slow)
+    assert process.wait(60) == 0 and sorted(e[1] for e in journal(tmp_path)) == ["EnvA", "EnvB"]
+
+
+def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path, fakes):
+    slow = [*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--args=--sleep 2"]
+    process = start_sweep(slow)
+    wait_until(lambda: journal(tmp_path, "start"))
+    process.kill()
+    process.wait()
+    assert alive(journal(tmp_path, "start")[0][-1])
+    again, at_once = start_sweep(slow), start_sweep(slow)  # even two sweeps at a time
+    assert again.wait(60) == 0 and at_once.wait(60) == 0
+    assert sorted(e[1] for e in journal(tmp_path)) == ["EnvA", "EnvB"] and len(journal(tmp_path, "start")) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--algos", "sarsa"], "--algos sarsa: unknown"),
+        (["--seeds", "0"], "--seeds 0: must be positive"),
+        (["--seeds", "x"], "invalid int value"),
+        (["--parallel", "-1"], "--parallel -1"),
+        (["--gpus", "-1"], "--gpus -1.0"),
+        (["--args-for=x"], "--args-for x: must be PATTERN=ARGS"),
+        (["--scripts", "nowhere", "--algos", "cpq"], "there is no"),
+        (["--launcher", "slurm"], "invalid choice"),
+        (["@nothing"], "nothing"),
+    ],
+)
+def test_sweep_refuses_bad_input_in_one_line(tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] != "--scripts":
+        arguments = ["--scripts", str(tmp_path), *arguments]
+        for name, *_ in csvs.ALGOS.values():
+            (tmp_path / f"{name}.py").touch()
+    refused(lambda: sweep.main(arguments), message, capsys)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_and_what_follows(tmp_path):
+    """sac_lag with tiny arguments: sweep, accept, diff, report; then a sweep that finds nothing to do."""
+    tiny = "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 "
+    tiny += "--hidden 32 32 --buffer-size 10000"
+    arguments = ["--envs", ENV, "--algos", "sac_lag", "--seeds", "2", "--args", tiny, "--runs", str(tmp_path / "runs")]
+    process = start_sweep(arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err + "".join(path.read_text() for path in (tmp_path / "runs" / "sweep").glob("*.log"))
+    assert f"[1/1] {ENV} sac_lag seeds 0-1: done in" in out
+    assert "0 job(s) to run, 1 done" in start_sweep(arguments).communicate(timeout=60)[0]
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert diff.main([*places, "--accept"]) == 0 and diff.main(places) == 0
+    baseline = csvs.load(tmp_path / "results" / ENV / "sac_lag.csv")
+    assert baseline.seeds == [0, 1] and str(tmp_path) not in json.dumps(baseline.about)
+    assert "| SAC-Lag from scratch | 2 |" in report.report(tmp_path / "results")
+
+
+@pytest.mark.slow
+def test_a_ray_node_dies_in_mid_sweep(tmp_path, fakes):
+    """A cluster of two local nodes, half a (pretended) GPU per job, one node killed while jobs run on it: every job ends once."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=8, num_gpus=1)
+        cluster.wait_for_nodes()
+        many = [*fakes, "--envs", *(f"Env{i}" for i in range(5)), "--algos", "sac_lag", "marvel", "--args=--sleep 4"]
+        process = start_sweep([*many, "--launcher", "ray", "--address", cluster.address, "--gpus", "0.5"])
+        wait_until(lambda: len(journal(tmp_path, "start")) >= 3, 60)  # a node holds two
+        assert len(journal(tmp_path, "start")) - len(journal(tmp_path)) <= 4
+        cluster.remove_node(second, allow_graceful=False)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, out + err
+        ended = collections.Counter(entry[:2] for entry in journal(tmp_path))
+        assert len(ended) == 10 and set(ended.values()) == {1}, ended
+        assert len(journal(tmp_path, "start")) > 10  # the dead node's jobs were begun again
+        assert out.count(": done") == 10
+    finally:
+        cluster.shutdown()
