@@ -146,7 +146,7 @@ class Args:
     """initial derivative gain"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
-    max_multiplier: float = 2.0
+    max_multiplier: float = 0.5
     """upper bound of the integral and of lambda"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
@@ -750,7 +750,7 @@ def offline_phase(run: Run) -> dict:
     if args.offline == "cpq":
         return cpq_phase(run)
     wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, **wanted) for seed in log.seeds]
+    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
     fixed = build(args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
     log.repeat(paths)

@@ -11,6 +11,7 @@ A run that was killed goes on with `--resume`: `Logbook.run` saves the whole sta
 `checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted.
 """
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -70,13 +71,26 @@ class AllDiverged(RuntimeError):
     """No seed is left to train."""
 
 
+def parse(args_class, words: list[str] | None = None):
+    """`args_class` from the command line (or `words`); BadInput with tyro's message on one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_class, args=words)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+        raise BadInput(" ".join(line for line in lines[1:] if line).replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
+
+
 def command(main, args_class, words: list[str] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
     Exit code 2 for bad input, before anything is written; 1 if the disk is full or every seed diverged.
     """
     try:
-        main(tyro.cli(args_class, args=words))
+        main(parse(args_class, words))
     except (BadInput, UnknownName, RenderError, dsrl.DatasetError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:
@@ -202,14 +216,17 @@ def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Pa
     return runs / env / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
 
 
-def newest_offline(runs: Path, env: str, algo: str, seed: int, **wanted) -> Path:
+def newest_offline(runs: Path, env: str, algo: str, seed: int, wanted: dict) -> Path:
     """The newest offline checkpoint of `algo` for this seed whose header has the `wanted` values; BadInput if there is none."""
     folder = runs / env / "offline" / algo
     for path in sorted(folder.glob(f"*/seed{seed}.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
         recipe = load(path)[1]["recipe"]
         if all(recipe[k] == json.loads(json.dumps(v)) for k, v in wanted.items()):
             return path
-    raise BadInput(f"{folder}: no checkpoint of seed {seed} with this configuration: run algos/{algo}.py --env {env} --seed {seed} first")
+    raise BadInput(
+        f"{folder}: no checkpoint of seed {seed} for this cost limit, dataset and network size: "
+        f"run algos/{algo}.py --env {env} --seed {seed} first"
+    )
 
 
 def load_seeds(paths: list[Path], template: dict):

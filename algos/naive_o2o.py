@@ -120,7 +120,7 @@ class Args:
     """phase 3: Adam step size of both critics"""
     entropy_weight: float = 0.01
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
-    anchor_weight: float = 0.1
+    anchor_weight: float = 0.2
     """phase 3: weight of KL(pi | offline policy), scaled reward per nat; the paper has 0"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
@@ -135,7 +135,7 @@ class Args:
     """initial derivative gain"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
-    max_multiplier: float = 2.0
+    max_multiplier: float = 0.5
     """upper bound of the integral and of lambda"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
@@ -719,7 +719,7 @@ def offline_phase(run: Run) -> dict:
     if args.offline == "cpq":
         return cpq_phase(run)
     wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, **wanted) for seed in log.seeds]
+    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
     fixed = build(args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
     log.repeat(paths)

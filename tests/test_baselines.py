@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from algos import bc_safe, bear_lag, jsrl, pex, so2
 from data import dsrl
@@ -20,7 +21,8 @@ SMALL = dict(hidden=(8,), gamma=0.9)
 
 def built(algo, **changes):
     vae = {"vae_hidden": (8,)} if "vae_hidden" in algo.Args.__dataclass_fields__ else {}
-    fixed = algo.build(algo.Args(**{**SMALL, **vae, **changes}), ENV, {})
+    small = {k: v for k, v in SMALL.items() if k in algo.Args.__dataclass_fields__}
+    fixed = algo.build(algo.Args(**{**small, **vae, **changes}), ENV, {})
     return fixed, algo.init_params(jax.random.key(0), fixed)
 
 
@@ -94,7 +96,7 @@ def test_bear_actor_comes_back_to_the_behaviour():
     @jax.jit
     def step(actor, key):
         gradient, info = jax.grad(loss, has_aux=True)(actor, key)
-        return jax.tree.map(lambda p, g: p - 0.05 * g, actor, gradient), info["mmd"]
+        return jax.tree.map(lambda p, g: p - 0.3 * g, actor, gradient), info["mmd"]
 
     actor, found = params["actor"], []
     for key in jax.random.split(jax.random.key(3), 300):
@@ -210,7 +212,8 @@ def test_perturbed_actions():
     moved = np.asarray(so2.perturbed(jax.random.key(0), action, args))[:, 0]
     assert np.abs(moved).max() == pytest.approx(0.6)
     assert np.mean(np.abs(moved) > 0.5999) == pytest.approx(2 * (1 - 0.8849), abs=0.02)  # P(|N(0, 0.5)| > 0.6)
-    assert moved[np.abs(moved) < 0.59].std() == pytest.approx(0.29, abs=0.02)
+    inside = scipy.stats.truncnorm(-0.59 / 0.5, 0.59 / 0.5, scale=0.5).std()
+    assert moved[np.abs(moved) < 0.59].std() == pytest.approx(inside, abs=0.01)
     at_bound = np.asarray(so2.perturbed(jax.random.key(1), jnp.ones((1000, 2)), args))
     assert at_bound.max() == 1.0 and at_bound.min() >= 0.4 - 1e-6
 

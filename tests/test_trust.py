@@ -1,0 +1,370 @@
+"""What a week of computing needs: killed runs go on bit for bit, bad input is refused before anything is written, a full disk or
+a diverged seed costs nothing else."""
+
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import bc_safe, bear_lag, cpq, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2
+from data import dsrl
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = "SafetyPointRun"
+TINY = {
+    "marvel": "--seeds 2 --offline-steps 1000 --vpa-steps 1000 --iterations 4 --evals 2 --offline-evals 1 --eval-episodes 2 "
+    "--rank-points 4 --updates-per-iter 10 --hidden 16 --vae-hidden 16 --dataset point.hdf5",
+    "sac_lag": "--seeds 2 --env-steps 10240 --num-envs 16 --steps-per-block 64 --updates-per-block 8 --evals 2 --eval-episodes 2 --hidden 16",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("trust")
+    shutil.copy(dsrl.default_path(ENV), place / "point.hdf5")
+    return place
+
+
+def start(algo, runs, cwd, words="", **options):
+    command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env", ENV, "--runs", str(runs), *TINY[algo].split(), *words.split()]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def folder_of(runs, algo):
+    (folder,) = (runs / ENV / algo).iterdir()
+    return folder
+
+
+def outcome(runs, algo):
+    """(progress.csv without the commit, arrays of both checkpoints) of the only run there."""
+    folder = folder_of(runs, algo)
+    with open(folder / "progress.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "commit"} for row in csv.DictReader(file)]
+    return rows, [logbook.load(folder / f"checkpoint-seed{seed}.safetensors")[0] for seed in (0, 1)]
+
+
+def same(a, b):
+    assert a[0] == b[0]
+    for x, y in zip(a[1], b[1], strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name])
+
+
+def killed_and_resumed(algo, runs, cwd, kill_after: list[int], total: int, between=lambda folder: None):
+    """Kills the run each time progress.csv has that many lines, then lets it end; the last process's standard error."""
+    for lines in kill_after:
+        process = start(algo, runs, cwd, "--resume --checkpoint-seconds 0")
+        deadline = time.monotonic() + 170
+        while process.poll() is None and time.monotonic() < deadline:
+            folders = list((runs / ENV / algo).glob("*/progress.csv"))
+            if folders and len(folders[0].read_bytes().splitlines()) > min(lines, total - 1):
+                time.sleep(random.random() * 0.2)
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        between(folder_of(runs, algo))
+    process = start(algo, runs, cwd, "--resume --checkpoint-seconds 0")
+    _, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err[-2000:]
+    return err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """algo -> outcome of a run that nobody interrupted."""
+    made = {}
+
+    def get(algo):
+        if algo not in made:
+            runs = place / f"{algo}-undisturbed"
+            process = start(algo, runs, place)
+            _, err = process.communicate(timeout=280)
+            assert process.returncode == 0, err[-2000:]
+            made[algo] = outcome(runs, algo)
+        return made[algo]
+
+    return get
+
+
+def test_killed_once_and_resumed(place, undisturbed):
+    """Killed in the middle of phase 3, its newest saved state torn: the one before is used, and the end is the same."""
+
+    def tear(folder):
+        path = folder / logbook.RESUME
+        path.write_bytes(path.read_bytes()[:-100])
+
+    expected = undisturbed("sac_lag")
+    err = killed_and_resumed("sac_lag", place / "torn", place, [len(expected[0]) // 2], len(expected[0]), tear)
+    assert err.count("damaged") == 1 and "resuming" in err
+    same(outcome(place / "torn", "sac_lag"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", TINY)
+def test_killed_at_twenty_points(algo, place, undisturbed):
+    """Every phase of marvel is hit: the points are spread over the whole of progress.csv."""
+    expected = undisturbed(algo)
+    random.seed(0)
+    points = sorted(random.randrange(1, len(expected[0]) + 1) for _ in range(20))
+    killed_and_resumed(algo, place / f"{algo}-killed", place, points, len(expected[0]))
+    same(outcome(place / f"{algo}-killed", algo), expected)
+
+
+# ---------------------------------------------------------------- the logbook alone
+
+CONFIG = {"cost_limit": 20.0, "resume": False, "checkpoint_seconds": 0.0, "rate": 1.0}
+
+
+def book(runs, seeds=(0, 1), **changes):
+    return logbook.Logbook("algo", "env", {**CONFIG, "runs": runs, **changes}, list(seeds))
+
+
+def counting(log, phase="online", blocks=4, fail_at=None, poison=None):
+    """A run whose carry counts blocks; `fail_at`: raise there; `poison` = (block, seed index): a NaN there."""
+
+    def block(n, carry):
+        (x,) = carry
+        if n == fail_at:
+            raise KeyboardInterrupt
+        if n:
+            x = {"a": x["a"] + 1.0}
+            log.log(phase, "train", gradient_steps=10 * n, env_steps=n, episodes=1, cost=x["a"], actor_loss=x["a"])
+        if poison and n == poison[0]:
+            x = {"a": x["a"].at[poison[1]].set(jnp.nan)}
+        return (x,)
+
+    return log.run(phase, blocks, ({"a": jnp.zeros(len(log.seeds))},), block)[0]["a"]
+
+
+def table(log):
+    with open(log.folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_resume_goes_on_after_the_last_block(tmp_path):
+    log = book(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=3)
+    log._file.close()
+    again = book(tmp_path, resume=True)
+    assert again.folder == log.folder and again.resuming("online") and not again.resuming("vpa")
+    assert counting(again).tolist() == [4.0, 4.0]
+    assert [row["cost"] for row in table(again)] == ["1", "1", "2", "2", "3", "3", "4", "4"]
+
+
+def test_resume_passes_over_finished_phases(tmp_path):
+    log = book(tmp_path)
+    counting(log, "offline", 2)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, "vpa", fail_at=2)
+    log._file.close()
+    again = book(tmp_path, resume=True)
+    assert counting(again, "offline", 2, fail_at=0).tolist() == [0.0, 0.0]  # not run: fail_at would raise
+    assert counting(again, "vpa").tolist() == [4.0, 4.0]
+    assert again.steps_before("online") == 40 and again.steps_before("vpa") == 20
+
+
+@pytest.mark.parametrize("change", [{"rate": 2.0}, {"cost_limit": 10.0}])
+def test_resume_never_takes_another_configuration(change, tmp_path):
+    log = book(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=3)
+    log._file.close()
+    other = book(tmp_path, resume=True, **change)
+    assert other.folder != log.folder and not other.resuming("online")
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    log = book(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=2)
+    before = (log.folder / "progress.csv").read_bytes()
+    with pytest.raises(logbook.BadInput, match="in use"):
+        book(tmp_path, resume=True)
+    assert (log.folder / "progress.csv").read_bytes() == before
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
+    log = book(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=3)
+    log._file.close()
+    state = log.folder / logbook.RESUME
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1  # one flipped bit
+    state.write_bytes(content)
+    again = book(tmp_path, resume=True)
+    err = capsys.readouterr().err
+    assert "damaged" in err and "block 1" in err
+    assert counting(again).tolist() == [4.0, 4.0]
+    assert [row["cost"] for row in table(again)] == ["1", "1", "2", "2", "3", "3", "4", "4"]
+
+
+def test_a_diverged_seed_stops_alone(tmp_path, capsys):
+    log = book(tmp_path)
+    final = counting(log, poison=(2, 1))
+    rows = table(log)
+    assert [row["cost"] for row in rows if row["seed"] == "0"] == ["1", "2", "3", "4"]
+    ours = [row for row in rows if row["seed"] == "1"]
+    assert [row["event"] for row in ours] == ["train", "train", "diverged"]
+    assert (ours[-1]["phase"], ours[-1]["gradient_steps"]) == ("online", "20")
+    assert "seed 1 diverged at online gradient step 20: a is not finite" in capsys.readouterr().err
+    log.save_seeds([tmp_path / "0", tmp_path / "1"], {"a": final})
+    assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()
+    assert logbook.load(tmp_path / "0")[0]["a"] == 4.0
+
+
+def test_when_every_seed_diverges_the_run_ends(tmp_path):
+    words = "--env SafetyPointRun --env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 1 --hidden 8"
+    with pytest.raises(SystemExit) as stop:
+        logbook.command(sac_lag.main, sac_lag.Args, [*words.split(), "--runs", str(tmp_path), "--actor-lr", "1e30", "--critic-lr", "1e30"])
+    assert stop.value.code == 1
+    folder = folder_of(tmp_path, "sac_lag")
+    assert json.loads((folder / "config.json").read_text())["diverged"] == [0]
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_its_rows(place):
+    """The files of the process may not grow past 60 kB: one line, exit code 1, whole rows only."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = start("sac_lag", place / "full", place, "--checkpoint-seconds 0", preexec_fn=limit, env=environment)
+    _, err = process.communicate(timeout=170)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert process.returncode == 1 and len(lines) == 1 and "--resume" in lines[0], err[-2000:]
+    content = (folder_of(place / "full", "sac_lag") / "progress.csv").read_text()
+    assert content.endswith("\r\n") and len({line.count(",") for line in content.splitlines()}) == 1
+
+
+def test_rows_that_do_not_fit_are_taken_back(tmp_path):
+    log = book(tmp_path)
+    log.log("online", "train", gradient_steps=1, env_steps=1)
+    whole = (log.folder / "progress.csv").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    try:
+        with pytest.raises(OSError):
+            log.log("online", "train", gradient_steps=2, env_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (log.folder / "progress.csv").read_bytes() == whole
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    """safetensors and JSON only: nothing in the suite unpickles."""
+    for path in ROOT.glob("[aedr]*/**/*.py"):
+        text = path.read_text()
+        assert "pickle.load" not in text and "allow_pickle=True" not in text, path
+
+
+# ---------------------------------------------------------------- bad input
+
+ALGOS = {m.__name__.rsplit(".", 1)[-1]: m for m in (marvel, cpq, bc_safe, sac_lag, naive_o2o, jsrl, pex, so2, bear_lag)}
+OFFLINE = [name for name in ALGOS if name != "sac_lag"]
+ONLINE = ["marvel", "naive_o2o", "jsrl", "pex", "so2"]
+
+
+def cases():
+    """(id, algo, words, what the line must name)"""
+    for name in ALGOS:
+        yield name, "--env SafetyPontRun", ("SafetyPontRun", "SafetyPointRun")
+        yield name, "--backend cuda", ("cuda", "mujoco")
+        yield name, "--seeds 0", ("--seeds",)
+        yield name, "--cost-limit -1", ("--cost-limit",)
+        yield name, "--eval nowhere.safetensors", ("nowhere.safetensors",)
+        yield name, "--eval .", (".",)
+        yield name, "--hidden 32 0", ("--hidden",)
+        yield name, "--eval-episodes 0", ("--eval-episodes",)
+        yield name, "--nonsense 3", ("--nonsense",)
+        yield name, "--seeds many", ("--seeds", "many")
+    for name in OFFLINE:
+        yield name, "--dataset nowhere.hdf5", ("nowhere.hdf5",)
+        yield name, "--offline-steps 750", ("--offline-steps", "500")
+        yield name, "--offline-steps -500", ("--offline-steps",)
+        yield name, "--cost-limit nan", ("--cost-limit",)
+    for name in ONLINE:
+        yield name, "--iterations 0", ("--iterations",)
+        yield name, "--batch-size -1", ("--batch-size",)
+        yield name, "--lagrangian none", ("--lagrangian", "apid")
+        yield name, "--offline bear_lag", ("bear_lag.py", "SafetyPointRun")
+    yield "marvel", "--dataset .", (".",)
+    yield "marvel", "--dataset broken.hdf5", ("broken.hdf5",)
+    yield "marvel", "--dataset cut.hdf5", ("cut.hdf5",)
+    yield "marvel", "--dataset nan.hdf5", ("nan.hdf5", "NaN")
+    yield "marvel", "--dataset cheetah.hdf5", ("cheetah.hdf5",)
+    yield "marvel", "--dataset dsrl/NoSuchData", ("NoSuchData",)
+    yield "marvel", "--dataset point.hdf5 --cost-limit 0.0 --env SafetyAntRun", ("point.hdf5",)
+    yield "marvel", "--vpa-steps 750", ("--vpa-steps",)
+    yield "marvel", "--critics old", ("--critics", "fresh")
+    yield "marvel", "--replay offline", ("--replay", "mixed")
+    yield "marvel", "--gain-rates 0.1", ("--gain-rates",)
+    yield "sac_lag", "--num-envs 0", ("--num-envs",)
+    yield "sac_lag", "--env-steps 10", ("--env-steps",)
+    yield "sac_lag", "--actor-lr nan", ("--actor-lr",)
+    yield "bc_safe", "--data some", ("--data", "frontier")
+    yield "jsrl", "--stages 0", ("--stages",)
+    yield "pex", "--temperature 0", ("--temperature",)
+    yield "so2", "--noise -1", ("--noise",)
+
+
+CASES = list(cases())
+
+
+@pytest.fixture(scope="module")
+def bad_files(place):
+    (place / "broken.hdf5").write_bytes(b"no HDF5")
+    content = (place / "point.hdf5").read_bytes()
+    (place / "cut.hdf5").write_bytes(content[: len(content) // 2])
+    dataset, _ = dsrl.load(place / "point.hdf5", env=ENV)
+    broken = dataset.rewards.copy()
+    broken[5] = np.nan
+    import h5py
+
+    shutil.copy(place / "point.hdf5", place / "nan.hdf5")
+    with h5py.File(place / "nan.hdf5", "r+") as file:
+        del file["rewards"]
+        file["rewards"] = broken
+    shutil.copy(dsrl.default_path("SafetyHalfCheetahVelocity"), place / "cheetah.hdf5")
+    return place
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 60 and {case[0] for case in CASES} == set(ALGOS)
+
+
+@pytest.mark.parametrize("algo, words, texts", CASES, ids=[f"{algo} {words}" for algo, words, _ in CASES])
+def test_bad_input(algo, words, texts, bad_files, monkeypatch, capsys):
+    monkeypatch.chdir(bad_files)
+    module, runs = ALGOS[algo], bad_files / "refused"
+    with pytest.raises(SystemExit) as stop:
+        logbook.command(module.main, module.Args, ["--env", ENV, "--runs", str(runs), *words.split()])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ") and all(text in err for text in texts), err
+    assert not runs.exists()  # refused before anything was written
+
+
+@pytest.mark.parametrize("field, value", [("env", "SafetyCarRun"), ("cost_limit", 99.0), ("hidden", [64, 64]), ("dataset", "0" * 64)])
+def test_offline_checkpoint_of_another_kind(field, value, place, tmp_path):
+    """`--offline bear_lag` takes no checkpoint of another environment, limit, network size or dataset."""
+    recipe = {"env": ENV, "cost_limit": 20.0, "hidden": [128, 128], "dataset": dsrl.sha256(place / "point.hdf5")}
+    wanted = dict(recipe)
+    path = logbook.offline_path(tmp_path, ENV, "bear_lag", recipe, 0)
+    logbook.save(path, {"actor": np.zeros(3)}, {"recipe": recipe | {field: value}, "rows": []})
+    with pytest.raises(logbook.BadInput, match="bear_lag.py"):
+        logbook.newest_offline(tmp_path, ENV, "bear_lag", 0, wanted)
+    logbook.save(path, {"actor": np.zeros(3)}, {"recipe": recipe, "rows": []})
+    assert logbook.newest_offline(tmp_path, ENV, "bear_lag", 0, wanted) == path
