@@ -10,6 +10,7 @@ data/policies/ENV.safetensors; the dataset is their stochastic rollouts, the sam
 """
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --ki 0.0003
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --ki 0.0003"
 ANT = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --ki 0.00012 --privileged-critic"
 SEES = " --privileged-critic"
+BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --ki 0.001"  # short episodes, learnt in a tenth of the steps
 
 RECIPES: dict[str, tuple[Behaviour, ...]] = {
     "SafetyPointRun": (Behaviour(10.0, 200_000, 16, (1, 2, 4, 5, 6, 8, 10, 12, 13, 14), SIXTEEN + SEES),),
@@ -58,6 +60,11 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(15.0, 600_000, 24, (1, 3, 4, 5, 6, 8, 20, 24), MANY + SEES),
         Behaviour(float("inf"), 250_000, 10, (1, 2, 4), MANY + SEES),
     ),
+    "bullet/SafetyBallRun": (Behaviour(10.0, 120_000, 24, (1, 2, 3, 4, 5, 7, 8, 9, 12, 14, 20, 23), BULLET),),
+    "bullet/SafetyBallCircle": (
+        Behaviour(10.0, 120_000, 12, (1, 2, 3, 5, 7, 8, 10, 12), BULLET),
+        Behaviour(float("inf"), 40_000, 8, (1, 2, 3, 8), BULLET),
+    ),
     "SafetyAntRun": (Behaviour(15.0, 3_000_000, 60, (2, 6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 19), ANT),),
 }
 
@@ -65,7 +72,7 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
 @dataclass(frozen=True)
 class Args:
     env: str = "SafetyPointRun"
-    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    """task: a name of RECIPES"""
     transitions: int = 100_000
     """size of the dataset; a little fewer where episodes end early"""
     seed: int = 0
@@ -116,8 +123,8 @@ def act(params: dict, obs: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.tanh(mean + jnp.exp(-5.0 + 3.5 * (1.0 + jnp.tanh(raw))) * jax.random.normal(key, mean.shape))
 
 
-def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array) -> dict[str, Any]:
-    """`env.horizon` steps of every policy (leaves (P, ...)) in `rows` environments each: leaves (P, rows, T, ...)."""
+def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array, rounds: int = 1) -> dict[str, Any]:
+    """T = `rounds` * `env.horizon` steps of every policy (leaves (P, ...)) in `rows` environments each: (P, rows, T, ...)."""
 
     def one(params, key):
         key_reset, key_steps = jax.random.split(key)
@@ -133,7 +140,7 @@ def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array) -> dict[str
             )  # fmt: skip
             return (state, t.obs), out
 
-        out = jax.lax.scan(step, (state, obs), jax.random.split(key_steps, env.horizon))[1]
+        out = jax.lax.scan(step, (state, obs), jax.random.split(key_steps, rounds * env.horizon))[1]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
 
     policies = next(iter(params.values())).shape[0]
@@ -167,10 +174,14 @@ def main(args: Args) -> None:
     with safetensors.safe_open(path, "numpy") as file:
         params = {k: file.get_tensor(k) for k in file.keys()}
         policies = json.loads(file.metadata()["policies"])
-    rows = max(1, round(args.transitions / (len(policies) * env.horizon)))
-    dataset = whole_episodes(rollouts(env, params, rows, jax.random.key(args.seed)))
+    episodes = args.transitions / (len(policies) * env.horizon)
+    # Environments of a real package are simulators of their own, of up to 30 MB: fewer of them, for longer.
+    rounds = 1 if isinstance(env, envs.Env) else math.ceil(episodes / 4)
+    rows = max(1, round(episodes / rounds))
+    dataset = whole_episodes(rollouts(env, params, rows, jax.random.key(args.seed), rounds))
     out = args.out or dsrl.default_path(env.name)
     about = {"env": env.name, "seed": args.seed, "policies": policies, "rows_per_policy": rows}
+    about |= {"rounds": rounds} if rounds > 1 else {}
     dsrl.save(out, dataset, {k: v if isinstance(v, (str, int)) else json.dumps(v) for k, v in about.items()})
     print(json.dumps({"file": str(out), "MB": round(out.stat().st_size / 1e6, 1), **dsrl.describe(dataset, 20.0)}, indent=1))
 

@@ -4,15 +4,28 @@ import difflib
 
 import jax
 
+from envs import reference, velocity
+from envs.circle import Circle
 from envs.core import Env, EnvState, Readings, Task, Transition
 from envs.robots import Ant, Car, Point
 from envs.run import Run
-from envs.velocity import HalfCheetah
 
-__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Task", "Transition", "UnknownName", "make", "resolve"]
+__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Task", "Transition", "UnknownName", "gym_make", "make", "resolve"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (Run(Point()), Run(Car()), Run(Ant()), HalfCheetah())}
-BACKENDS = ("mujoco",)
+ROBOTS = (Point(), Car(), Ant())
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        *(Run(robot) for robot in ROBOTS),
+        *(Circle(robot, level) for level in (1, 2) for robot in ROBOTS),
+        velocity.HalfCheetah(),
+        velocity.Hopper(),
+        velocity.Swimmer(),
+        velocity.Walker2d(),
+        velocity.Ant(),
+    )
+}
+BACKENDS = ("mujoco", "mjx", reference.BACKEND)
 
 
 class UnknownName(ValueError):
@@ -30,11 +43,31 @@ def resolve(name: str) -> str:
 
 
 def make(name: str, backend: str | None = None, privileged: bool = False) -> Env:
-    """The environment `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here)."""
+    """The environment `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here:
+    `mujoco` where JAX computes on a CPU, else `mjx`).
+
+    `bullet/` names and Safety-Gymnasium ids without a native task give the package's own simulator (reference/env.py).
+    """
+    native = {*TASKS, *(task.reference_id for task in TASKS.values())}
+    if reference.wanted(name, backend, native):
+        from envs.reference.env import make as make_reference
+
+        return make_reference(name, backend)
     task = TASKS[resolve(name)]
-    backend = backend or "mujoco"
+    backend = backend or ("mujoco" if jax.default_backend() == "cpu" else "mjx")
     if backend not in BACKENDS:
         raise UnknownName(f"unknown backend {backend!r}. Known: {', '.join(BACKENDS)}")
+    if backend == "mjx":
+        from envs.physics_mjx import MjxPhysics
+
+        return Env(task, MjxPhysics(task.model(), task.substeps, task.forward, task.touching), backend, privileged)
     from envs.physics_mujoco import MujocoPhysics
 
-    return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward), backend, privileged)
+    return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward, task.tracked), backend, privileged)
+
+
+def gym_make(name: str, num_envs: int | None = None, backend: str | None = None):
+    """The same as a `gymnasium.Env`, or with `num_envs` as a `gymnasium.vector.VectorEnv`, with the cost in info["cost"] (gym.py)."""
+    from envs import gym
+
+    return gym.make(name, num_envs, backend)

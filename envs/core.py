@@ -22,6 +22,9 @@ class Readings(NamedTuple):
     qvel: jax.Array  # (..., nv) generalised velocities, m/s and rad/s
     dqpos: jax.Array  # (..., nq) change of qpos over the last environment step, differenced before rounding to float32
     sensors: jax.Array  # (..., nsensordata) the model's sensors at this state
+    # (..., 3) m, how far the body `Task.tracked` went over the last environment step by the positions that the engine had last
+    # computed, which belong to a moment inside the last substep; None without such a body, or from physics that has no such.
+    dbody: jax.Array | None = None
 
 
 class Physics(Protocol):
@@ -46,6 +49,8 @@ class Task:
     substeps: int  # physics steps per environment step
     cost: str  # the cost in words, for listings
     forward: bool = True  # the reference evaluates sensors at the new state after the substeps
+    tracked: str | None = None  # the body that Readings.dbody is about
+    touching: tuple[str, ...] | None = None  # geoms that can touch the floor, if nothing else ever touches (None: unknown)
 
     def model(self):
         """The compiled `mujoco.MjModel`."""

@@ -34,18 +34,22 @@ class Workspace:
     def __init__(self, model: mujoco.MjModel):
         self.data = data = mujoco.MjData(model)
         self.ctrl, self.qpos, self.qvel, self.sensors = data.ctrl, data.qpos, data.qvel, data.sensordata
+        self.xpos = data.xpos
 
 
 class MujocoPhysics:
     """Physics of `model`, `substeps` mj_steps per environment step, then mj_forward if `forward`.
 
-    State: uint32 (..., 2 * state_size).
+    State: uint32 (..., 2 * state_size): MuJoCo's own, then the position of the body `tracked` as MuJoCo last computed it.
     """
 
-    def __init__(self, model: mujoco.MjModel, substeps: int, forward: bool):
+    def __init__(self, model: mujoco.MjModel, substeps: int, forward: bool, tracked: str | None = None):
         self.model, self.substeps, self.forward = model, substeps, forward
-        self.state_size = mujoco.mj_stateSize(model, STATE)
-        self.sizes = (model.nq, model.nv, model.nq, model.nsensordata)
+        self.body = None if tracked is None else model.body(tracked).id
+        extra = () if tracked is None else (3,)
+        self.engine_size = mujoco.mj_stateSize(model, STATE)
+        self.state_size = self.engine_size + sum(extra)
+        self.sizes = (model.nq, model.nv, model.nq, model.nsensordata, *extra)
         self._local = threading.local()
 
     def reset(self, qpos, qvel, where):
@@ -89,7 +93,7 @@ class MujocoPhysics:
             mujoco.mj_resetData(self.model, w.data)
             w.qpos[:], w.qvel[:] = qpos[i], qvel[i]
             mujoco.mj_forward(self.model, w.data)
-            mujoco.mj_getState(self.model, w.data, states[i], STATE)
+            self._save(w, states[i])
             self.read(states[i], states[i], w.sensors, readings[i])
 
     def _step_rows(self, w, rows, states, readings, bits, control):
@@ -101,13 +105,18 @@ class MujocoPhysics:
 
     def step_row(self, w: Workspace, before: np.ndarray, control: np.ndarray, after: np.ndarray, sensors: np.ndarray):
         """One environment step from a float64 state (state_size,) into the rows `after` and `sensors` (nsensordata,)."""
-        mujoco.mj_setState(self.model, w.data, before, STATE)
+        mujoco.mj_setState(self.model, w.data, before[: self.engine_size], STATE)
         w.ctrl[:] = control
         mujoco.mj_step(self.model, w.data, self.substeps)
         if self.forward:
             mujoco.mj_forward(self.model, w.data)
-        mujoco.mj_getState(self.model, w.data, after, STATE)
+        self._save(w, after)
         sensors[:] = w.sensors
+
+    def _save(self, w: Workspace, state: np.ndarray):
+        mujoco.mj_getState(self.model, w.data, state[: self.engine_size], STATE)
+        if self.body is not None:
+            state[self.engine_size :] = w.xpos[self.body]
 
     def read(self, before: np.ndarray, after: np.ndarray, sensors: np.ndarray, out: np.ndarray) -> None:
         """Fills `out` (..., sum(sizes)) with the Readings of a step between float64 states (..., state_size)."""
@@ -115,4 +124,6 @@ class MujocoPhysics:
         # A state begins with qpos and qvel.
         out[..., : nq + nv] = after[..., : nq + nv]
         np.subtract(after[..., :nq], before[..., :nq], out=out[..., nq + nv : 2 * nq + nv], casting="same_kind")
-        out[..., 2 * nq + nv :] = sensors
+        out[..., 2 * nq + nv : 2 * nq + nv + self.sizes[3]] = sensors
+        if self.body is not None:
+            np.subtract(after[..., -3:], before[..., -3:], out=out[..., -3:], casting="same_kind")

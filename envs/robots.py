@@ -50,6 +50,7 @@ class Robot:
 
     xml: str
     height: float  # z of the body at the start, m
+    touching: tuple[str, ...]  # its geoms that can touch the floor; nothing else ever touches anything (tests/test_mjx.py)
 
     @cached_property
     def model(self) -> mujoco.MjModel:
@@ -94,6 +95,10 @@ class Robot:
         matrices = quaternion_matrix(r.sensors[..., balls]).reshape(*r.sensors.shape[:-1], 9 * len(balls))
         return jnp.concatenate([r.sensors, jnp.sin(angles), jnp.cos(angles), matrices], -1)[..., order]
 
+    def frame(self, r: Readings) -> tuple[jax.Array, jax.Array]:
+        """The body's position (..., 3), m, and its axes as the columns of a rotation matrix (..., 3, 3), in the world."""
+        return r.qpos[..., :3], quaternion_matrix(r.qpos[..., 3:7])
+
     def pose(self, key: jax.Array, x: jax.Array, y: jax.Array, yaw: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(qpos (nq,), qvel (nv,)) at rest at (x, y) with heading yaw; `key` for what the robot itself randomises."""
         zero = jnp.zeros_like(yaw)
@@ -113,17 +118,25 @@ class Point(Robot):
     """A ball with a nose that slides and turns: actions are force and turning velocity."""
 
     xml, height = "point.xml", 0.1
+    touching = ()  # its ball hangs in its joints at a distance of 0
 
     def pose(self, key, x, y, yaw):
         # The reference turns the body's frame and leaves the joints at zero; slides along the world's axes with a turned
         # hinge are the same mechanics (equal damping on both slides) and need no model of its own per episode.
         return jnp.stack([x, y, yaw]), jnp.zeros(3)
 
+    def frame(self, r):
+        x, y, yaw = jnp.moveaxis(r.qpos, -1, 0)
+        zero = jnp.zeros_like(yaw)
+        half_turn = jnp.stack([jnp.cos(yaw / 2), zero, zero, jnp.sin(yaw / 2)], -1)
+        return jnp.stack([x, y, zero + self.height], -1), quaternion_matrix(half_turn)
+
 
 class Car(Robot):
     """Two driven wheels and a free rolling ball at the rear."""
 
     xml, height = "car.xml", 0.1
+    touching = ("left", "right", "rear")
 
     def joints(self, key):
         return jnp.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
@@ -133,6 +146,11 @@ class Ant(Robot):
     """Four legs with two motors each; dies when its torso comes down to 0.08 m."""
 
     xml, height = "ant.xml", 0.18
+    touching = (
+        "torso_geom", "aux_1_geom", "aux_2_geom", "aux_3_geom", "aux_4_geom",
+        "left_leg_geom", "right_leg_geom", "back_leg_geom", "rightback_leg_geom",
+        "left_ankle_geom", "right_ankle_geom", "third_ankle_geom", "fourth_ankle_geom",
+    )  # fmt: skip
 
     def joints(self, key):
         noise = jax.random.uniform(key, (8,), minval=-0.1, maxval=0.1)

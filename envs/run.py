@@ -11,11 +11,11 @@ class Run(Task):
     """Reward: 60 times the decrease of the distance to (0, -1000), per metre. Cost: 1 where |x| > 0.5 m."""
 
     horizon, substeps = 500, 10
-    cost = "|x| > 0.5"
+    cost = "|x| > 0.5 m"
     goal, per_metre, half_width = jnp.array([0.0, -1000.0]), 60.0, 0.5
 
     def __init__(self, robot: Robot):
-        self.robot = robot
+        self.robot, self.touching = robot, robot.touching
         self.name = f"Safety{type(robot).__name__}Run"
         self.reference_id = self.name + "0-v0"
 

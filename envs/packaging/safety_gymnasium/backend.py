@@ -12,7 +12,7 @@ so that `pip list` shows that the metadata is not the published one.
 
 The package cannot be imported as it is: its dataclasses have array defaults, which Python 3.11 and later reject,
 and its multi-agent tasks import gymnasium-robotics. Its files can be read, though. Find them without importing it:
-`importlib.util.find_spec("safety_gymnasium").submodule_search_locations[0]`.
+`importlib.util.find_spec("safety_gymnasium").submodule_search_locations[0]`. envs/reference/compat.py imports it all the same.
 """
 
 import base64

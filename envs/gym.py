@@ -1,0 +1,108 @@
+"""Environments of this suite as gymnasium's (`envs.gym_make`), for other suites to train on; the cost is in info["cost"]."""
+
+from functools import cache
+
+import gymnasium
+import jax
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import ResetNeeded
+
+import envs
+
+
+@cache
+def _made(name: str, backend: str | None):
+    """(environment, jitted reset, jitted step): instances share what is compiled."""
+    env = envs.make(name, backend)
+    return env, jax.jit(env.reset), jax.jit(env.step)
+
+
+def _spaces(env) -> tuple[spaces.Box, spaces.Box]:
+    return spaces.Box(-np.inf, np.inf, (env.obs_size,), np.float32), spaces.Box(env.action_low, env.action_high, dtype=np.float32)
+
+
+def _checked(action, space: spaces.Box) -> np.ndarray:
+    action = np.asarray(action, np.float32)
+    if action.shape != space.shape:
+        raise ValueError(f"an action of shape {action.shape}: must be {space.shape}")
+    return action
+
+
+def _spec(name: str, backend: str | None, horizon: int) -> EnvSpec:
+    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=horizon, kwargs={"name": name, "backend": backend})
+
+
+class GymEnv(gymnasium.Env):
+    """One environment. Observations and actions are float32, info is {"cost": float}; episodes are cut off after the task's T."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, name: str, backend: str | None = None):
+        self._env, self._reset, self._step = _made(name, backend)
+        self.observation_space, self.action_space = _spaces(self._env)
+        self.spec = _spec(name, backend, self._env.horizon)
+        self._state = None
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self._state, obs = self._reset(jax.random.key(int(self.np_random.integers(2**31))))
+        return np.array(obs), {"cost": 0.0}
+
+    def step(self, action):
+        if self._state is None:
+            raise ResetNeeded("call reset() first: no episode has begun, or the last one has ended")
+        state, t = self._step(self._state, _checked(action, self.action_space))
+        terminated, truncated = bool(t.terminated), bool(t.truncated)
+        self._state = None if terminated or truncated else state
+        return np.array(t.next_obs), float(t.reward), terminated, truncated, {"cost": float(t.cost)}
+
+
+class GymVectorEnv(gymnasium.vector.VectorEnv):
+    """`num_envs` environments stepped as one batch, which start again by themselves.
+
+    info["cost"] (num_envs,) holds every environment's cost, also where an episode ended; there info["final_observation"] and
+    info["final_info"] hold what the last step gave, as in gymnasium's own vector environments.
+    """
+
+    def __init__(self, name: str, num_envs: int, backend: str | None = None):
+        self._env, self._reset, self._step = _made(name, backend)
+        super().__init__(num_envs, *_spaces(self._env))
+        self.spec = _spec(name, backend, self._env.horizon)
+        self._state = None
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
+        """`seed`: one per environment, each for the episode that `GymEnv` begins with it; a number n stands for n, n + 1, ..."""
+        if seed is None:
+            seeds = [None] * self.num_envs if self._state is None else self._generators
+        else:
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        self._generators = [x if isinstance(x, np.random.Generator) else gymnasium.utils.seeding.np_random(x)[0] for x in seeds]
+        keys = jax.vmap(jax.random.key)(np.array([g.integers(2**31) for g in self._generators]))
+        self._state, obs = self._reset(keys)
+        return np.array(obs), self._info(np.zeros(self.num_envs, np.float32))
+
+    def _info(self, cost: np.ndarray) -> dict:
+        return {"cost": cost, "_cost": np.ones(self.num_envs, bool)}
+
+    def step_async(self, actions):
+        if self._state is None:
+            raise ResetNeeded("call reset() first")
+        self._actions = _checked(actions, self.action_space)
+
+    def step_wait(self):
+        self._state, t = self._step(self._state, self._actions)
+        terminated, truncated, info = np.array(t.terminated), np.array(t.truncated), self._info(np.array(t.cost))
+        done = terminated | truncated
+        if done.any():
+            for key in ("final_observation", "final_info"):
+                info |= {key: np.full(self.num_envs, None, object), f"_{key}": done}
+            for i in np.flatnonzero(done):
+                info["final_observation"][i] = np.array(t.next_obs[i])
+                info["final_info"][i] = {"cost": float(t.cost[i])}
+        return np.array(t.obs), np.array(t.reward), terminated, truncated, info
+
+
+def make(name: str, num_envs: int | None, backend: str | None) -> GymEnv | GymVectorEnv:
+    return GymEnv(name, backend) if num_envs is None else GymVectorEnv(name, num_envs, backend)

@@ -1,0 +1,132 @@
+"""Environments of other packages behind the interface of `envs.Env`."""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import envs
+from envs.core import Transition, batched
+from envs.reference import BACKEND, BULLET
+from envs.reference.pool import Pool, WorkerError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class HistoryState(NamedTuple):
+    """A state as what led to it (pool.py); entries of `actions` from `n` on mean nothing."""
+
+    seed: jax.Array  # (...,) uint32, of the episode
+    actions: jax.Array  # (..., horizon, action_size)
+    n: jax.Array  # (...,) int32, actions since the seed
+    t: jax.Array  # (...,) int32, steps taken in the episode: n, unless the caller has set the clock back
+    key: jax.Array  # (...,) PRNG key for the coming resets
+
+
+class ReferenceEnv:
+    """A task of another package as pure functions, like `envs.Env`: reset(key), step(state, action).
+
+    Simulators run in worker processes. The same key and actions give the same episodes, whatever else the pool has done; an
+    old state may be stepped again at the price of replaying its episode. Actions are in [-1, 1], scaled to the package's range
+    where that differs (Racecar, Humanoid); costs are the package's own. An episode is also cut off after `horizon` steps since
+    its seed, for a caller that sets the clock back.
+    """
+
+    privileged_size = 0
+
+    def __init__(self, name: str, backend: str, pool: Pool):
+        self.name, self.backend, self._pool = name, backend, pool
+        self.horizon, self.obs_size, self.action_size = (pool.about[k] for k in ("horizon", "obs_size", "action_size"))
+        self.action_high = np.ones(self.action_size, np.float32)
+        self.action_low = -self.action_high
+
+    def reset(self, key: jax.Array) -> tuple[HistoryState, jax.Array]:
+        """Starts an episode per key: key (...,) typed, or (..., 2) raw uint32."""
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        seed, later = _draw(key)
+        shape = jax.ShapeDtypeStruct((*key.shape, self.obs_size), jnp.float32)
+        obs = jax.pure_callback(self._reset_on_host, shape, seed, vmap_method="broadcast_all")
+        zero = jnp.zeros(key.shape, jnp.int32)
+        return HistoryState(seed, jnp.zeros((*key.shape, self.horizon, self.action_size)), zero, zero, later), obs
+
+    def step(self, state: HistoryState, action: jax.Array) -> tuple[HistoryState, Transition]:
+        """One step; actions (..., action_size) are clipped to [-1, 1]."""
+        next_seed, later = _draw(state.key)
+        t, n = state.t + 1, state.n + 1
+        last = (t >= self.horizon) | (n >= self.horizon)
+        vector, scalar = jax.ShapeDtypeStruct((*t.shape, self.obs_size), jnp.float32), jax.ShapeDtypeStruct(t.shape, jnp.float32)
+        shapes = (jax.ShapeDtypeStruct((*t.shape, self.action_size), jnp.float32), vector, vector, *[scalar] * 4)
+        # The action comes back because XLA may compute it once for the callback and, not bit by bit the same, for the history.
+        action, obs, next_obs, reward, cost, terminated, truncated = jax.pure_callback(
+            self._step_on_host, shapes, state.seed, state.actions, state.n, jnp.clip(action, -1.0, 1.0), last, next_seed,
+            vmap_method="broadcast_all",
+        )  # fmt: skip
+        terminated, truncated = terminated > 0, truncated > 0
+        done = terminated | truncated
+        now = jnp.arange(self.horizon) == state.n[..., None]
+        state = HistoryState(
+            jnp.where(done, next_seed, state.seed),
+            jnp.where(now[..., None], action[..., None, :], state.actions),
+            jnp.where(done, 0, n),
+            jnp.where(done, 0, t),
+            jnp.where(done, later, state.key),
+        )
+        return state, Transition(obs, next_obs, reward, cost, terminated, truncated)
+
+    def _reset_on_host(self, seed):
+        seed = np.asarray(seed)
+        return self._pool.reset(seed.ravel()).reshape((*seed.shape, self.obs_size))
+
+    def _step_on_host(self, *args):
+        args = [np.asarray(a) for a in args]
+        batch = args[0].shape
+        rows = [a.reshape((-1, *a.shape[len(batch) :])) for a in args]
+        out = (rows[3].astype(np.float32), *self._pool.step(*rows))
+        return tuple(x.reshape((*batch, *x.shape[1:])) for x in out)
+
+
+def _draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(seed, key for later) of keys (...,)."""
+    first, later = jnp.moveaxis(batched(jax.random.split, key), -1, 0)
+    return batched(lambda key: jax.random.bits(key, dtype=jnp.uint32), first), later
+
+
+def bullet_python() -> str:
+    """The interpreter that has Bullet-Safety-Gym, which has an environment of its own (requirements-bullet.txt says why)."""
+    folder = ROOT / ".venv-bullet"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        raise envs.UnknownName(f"Bullet-Safety-Gym is not installed ({folder} is missing): run `make setup-bullet` (Python 3.11)")
+    return str(python)
+
+
+def make(name: str, backend: str | None) -> ReferenceEnv:
+    """The environment of a Safety-Gymnasium id or native task's name, or of `bullet/` and a Bullet-Safety-Gym name.
+
+    UnknownName, one line, if there is none or its package cannot run it.
+    """
+    if name.startswith(BULLET):
+        if backend is not None:
+            raise envs.UnknownName(f"{name} has no backend {backend!r}: leave the backend out")
+        backend, python, mend = "bullet", bullet_python(), "make setup-bullet"
+        own, wanted = name.removesuffix("-v0"), name.removeprefix(BULLET).removesuffix("-v0") + "-v0"
+    else:
+        backend, python, mend = BACKEND, sys.executable, "make setup"
+        by_id = {task.reference_id: task.name for task in envs.TASKS.values()}
+        own = by_id.get(name, name)
+        wanted = envs.TASKS[own].reference_id if own in envs.TASKS else name
+    try:
+        pool = Pool(backend, wanted, python)
+    except WorkerError as error:
+        raise envs.UnknownName(f"{name} cannot be made ({str(error).splitlines()[-1]}); perhaps `{mend}` mends it") from error
+    if isinstance(pool.about, list):
+        pool.close()
+        near = difflib.get_close_matches(wanted, pool.about, n=3, cutoff=0.0)
+        raise envs.UnknownName(f"unknown environment {name!r} of {backend}. Its nearest: {', '.join(near)}")
+    return ReferenceEnv(own, backend, pool)

@@ -1,0 +1,162 @@
+"""Simulators with hidden state in worker processes, addressed by what happened to them.
+
+A state is named by its history: the seed of its episode and the actions since. `Pool` keeps a table of which simulator is at
+which history; stepping a state whose simulator has moved on (an old state, or one stepped twice) replays its episode in the
+simulator that was used longest ago. So results depend on the arguments alone, and callers may treat steps as pure functions.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class WorkerError(RuntimeError):
+    """A simulator raised, or its process died."""
+
+
+class _Process:
+    """A running worker.py."""
+
+    def __init__(self, python: str, package: str, name: str):
+        one_thread = {key: "1" for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        self._popen = subprocess.Popen(
+            [python, str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | one_thread,
+        )  # fmt: skip
+        self.name = name
+        self.send("open", package, name)
+
+    def send(self, method: str, *arguments) -> None:
+        with suppress(BrokenPipeError):  # `receive` says so
+            pickle.dump((method, arguments), self._popen.stdin)
+            self._popen.stdin.flush()
+
+    def receive(self):
+        try:
+            good, answer = pickle.load(self._popen.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            raise WorkerError(f"{self.name}: a simulator process died (exit code {self._popen.wait()})") from None
+        if not good:
+            raise WorkerError(f"{self.name}: a simulator failed:\n{answer.rstrip()}")
+        return answer
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):  # it has died before what was sent to it left the buffer
+            self._popen.stdin.close()
+        self._popen.stdout.close()
+        self._popen.wait()
+
+
+def _close(processes: list[_Process]) -> None:
+    for process in processes:
+        process.close()
+
+
+class Pool:
+    """Simulators of one environment, spread over `workers` processes (default: one per CPU), made as they are needed.
+
+    `about` is what worker.py's `open` answers: the environment's sizes, or the list of known names if `name` is not one.
+    """
+
+    def __init__(self, package: str, name: str, python: str = sys.executable, workers: int | None = None):
+        self._lock = threading.Lock()
+        self._start = lambda: _Process(python, package, name)
+        self._processes = [self._start()]
+        self._limit = workers or WORKERS
+        self.close = weakref.finalize(self, _close, self._processes)  # also called at exit
+        self.about = self._processes[0].receive()
+        self._at: dict[bytes, tuple[int, int]] = {}  # history -> (process, number) of the simulator there; oldest use first
+        self._idle: list[tuple[int, int]] = []  # simulators at no particular state
+        self._made = [0] * self._limit  # simulators per process
+        self._batches: set[int] = set()  # sizes seen
+
+    def reset(self, seeds: np.ndarray) -> np.ndarray:
+        """The first observations (n, obs_size) of the episodes with these seeds (n,), uint32."""
+        with self._lock:
+            histories = [seed.tobytes() for seed in seeds]
+            simulators, _ = self._simulators([None] * len(histories))
+            (obs,) = self._call("reset", simulators, seeds)
+            self._record(histories, simulators)
+            return obs
+
+    def step(self, seeds, past, n, actions, last, next_seeds) -> tuple[np.ndarray, ...]:
+        """One step of every state: obs, next_obs (n, obs_size), reward, cost, terminated, truncated (n,), all float32.
+
+        The states are seeds (rows,) uint32 with the first n (rows,) of the actions past (rows, T, a). Where the episode ends,
+        or `last` (rows,) says so, the next one begins with next_seeds.
+        """
+        with self._lock:
+            pasts = [past[i, : n[i]] for i in range(len(seeds))]
+            histories = [seed.tobytes() + p.tobytes() for seed, p in zip(seeds, pasts)]
+            simulators, there = self._simulators(histories)
+            starts = [None if hit else (seed, p) for hit, seed, p in zip(there, seeds, pasts)]
+            out = self._call("step", simulators, starts, actions, last, next_seeds)
+            ended = (out[4] + out[5]) > 0
+            after = [s.tobytes() if end else h + a.tobytes() for end, s, h, a in zip(ended, next_seeds, histories, actions)]
+            self._record(after, simulators)
+            return out
+
+    def _simulators(self, histories: list[bytes | None]) -> tuple[list[tuple[int, int]], list[bool]]:
+        """A simulator for every history, and whether it is there already."""
+        self._batches.add(len(histories))
+        self._grow(len(histories))
+        found = [self._at.pop(history, None) for history in histories]
+        there = [simulator is not None for simulator in found]
+        load = [sum(simulator is not None and simulator[0] == i for simulator in found) for i in range(len(self._processes))]
+        for i, hit in enumerate(there):
+            if not hit:
+                process = load.index(min(load))
+                load[process] += 1
+                found[i] = self._take(process)
+        return found, there
+
+    def _grow(self, rows: int) -> None:
+        """Starts processes, together: their imports take a second."""
+        new = [self._start() for _ in range(len(self._processes), min(self._limit, rows))]
+        self._processes += new
+        for process in new:
+            process.receive()
+
+    def _take(self, process: int) -> tuple[int, int]:
+        """A simulator of this process whose state may be lost: an idle one, a new one, or the one used longest ago.
+
+        There are as many as rows in all the batch sizes seen, so that evaluation and training, say, do not evict each other.
+        """
+        for simulator in self._idle:
+            if simulator[0] == process:
+                self._idle.remove(simulator)
+                return simulator
+        oldest = next((history for history, simulator in self._at.items() if simulator[0] == process), None)
+        if oldest is None or self._made[process] * len(self._processes) < sum(self._batches):
+            self._made[process] += 1
+            return process, self._made[process] - 1
+        return self._at.pop(oldest)
+
+    def _record(self, histories: list[bytes], simulators: list[tuple[int, int]]) -> None:
+        for history, simulator in zip(histories, simulators):
+            if history in self._at:  # two rows came to the same state
+                self._idle.append(simulator)
+            else:
+                self._at[history] = simulator
+
+    def _call(self, method: str, simulators: list[tuple[int, int]], *columns) -> tuple[np.ndarray, ...]:
+        """One message to, and one from, every process that has rows; the answers in the rows' order."""
+        rows = defaultdict(list)
+        for row, (process, _) in enumerate(simulators):
+            rows[process].append(row)
+        for process, mine in rows.items():
+            arguments = [[column[row] for row in mine] for column in columns]
+            self._processes[process].send(method, [simulators[row][1] for row in mine], *arguments)
+        answers = [self._processes[process].receive() for process in rows]
+        order = np.argsort([row for mine in rows.values() for row in mine])
+        return tuple(np.concatenate(column)[order] for column in zip(*answers))
