@@ -9,7 +9,7 @@ learner is SAC-Lagrangian.
             share -= 1/stages after episodes as good and as safe as the guide's                advance
     online: y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha h), h = -log pi(a'|s')        critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a)                            actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss, drift
             e = J_c - d;  I <- max(0, I + Ki e);  lambda = max(0, Kp EMA(e) + I + Kd D)        update_multiplier
             Kp *= 1 + a tanh((m-d)/d);  Ki *= 1 + b (m-d)/d;  Kd *= 1 + c s/d                  update_multiplier
 
@@ -18,7 +18,8 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the share also shrinks only if the episodes' cost is at most the limit or the
 guide's own (the paper has no costs); (2) it is at most what a straight line from 1 to 0 over `handover` of the iterations
-leaves, so that the learner always gets its turn; (3) evaluations are of the learner alone, from the first one on.
+leaves, so that the learner always gets its turn; (3) evaluations are of the learner alone, from the first one on; (4) k = 0 by
+default: a new learner is not held near the guide.
 """
 
 import inspect
@@ -744,16 +745,22 @@ def cpq_phase(run: Run) -> dict:
     return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
 
 
+def other_checkpoints(args: Args, dataset: dict, seeds: list[int]) -> list[Path]:
+    """One checkpoint per seed that another offline algorithm (--offline) made for this task, limit, network size and dataset."""
+    if args.offline == "cpq":
+        return []
+    wanted = {"env": args.env, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": dataset["sha256"]}
+    return [logbook.newest_offline(args.runs, args.env, args.offline, seed, wanted) for seed in seeds]
+
+
 def offline_phase(run: Run) -> dict:
     """Phase 1 by the algorithm that --offline names: CPQ here, another's from the checkpoints that its own file made."""
-    args, log = run.args, run.log
-    if args.offline == "cpq":
+    paths = other_checkpoints(run.args, run.dataset, run.log.seeds)
+    if not paths:
         return cpq_phase(run)
-    wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
-    fixed = build(args, run.env, {})
+    fixed = build(run.args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
-    log.repeat(paths)
+    run.log.repeat(paths)
     return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
 
 
@@ -831,6 +838,7 @@ def prepare(algo: str, args: Args) -> Run:
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
     if safe.reward.shape[0] == 0:
         raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
+    other_checkpoints(args, about, seeds)  # whatever is missing is said before anything is written
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
     return Run(args, env, about, data, safe, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 

@@ -274,7 +274,7 @@ class Logbook:
             self._open("r+b")
             self._take_up()
         else:
-            self.folder = runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+            self.folder = runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
             self.folder.mkdir(parents=True)
             self._open("xb")
             self._write_config()

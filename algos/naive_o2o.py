@@ -7,7 +7,7 @@ Source: the baseline of Marvel (arXiv 2412.04426) that shows what value pre-alig
     offline: CPQ, as tabulated in cpq.py                                                       vae_loss to cpq_actor_loss
     online: y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha h), h = -log pi(a'|s')        critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a)                            actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss, drift
             e = J_c - d;  I <- max(0, I + Ki e);  lambda = max(0, Kp EMA(e) + I + Kd D)        update_multiplier
             Kp *= 1 + a tanh((m-d)/d);  Ki *= 1 + b (m-d)/d;  Kd *= 1 + c s/d                  update_multiplier
 
@@ -15,7 +15,8 @@ Units: critics see reward * reward_scale and raw cost, so lambda counts scaled r
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) one multiplier update per batch of newly ended episodes; (2) the plain multiplier
-(dual ascent) unless --lagrangian says otherwise: the paper gives its adaptive PID to every baseline, as --lagrangian apid does here.
+(dual ascent) unless --lagrangian says otherwise: the paper gives its adaptive PID to every baseline, as --lagrangian apid does here;
+(3) the anchor k KL to the offline policy pi_0 and `actor_warmup`, as in marvel.py (--anchor-weight 0 --actor-warmup 0 for neither).
 """
 
 import inspect
@@ -713,16 +714,22 @@ def cpq_phase(run: Run) -> dict:
     return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
 
 
+def other_checkpoints(args: Args, dataset: dict, seeds: list[int]) -> list[Path]:
+    """One checkpoint per seed that another offline algorithm (--offline) made for this task, limit, network size and dataset."""
+    if args.offline == "cpq":
+        return []
+    wanted = {"env": args.env, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": dataset["sha256"]}
+    return [logbook.newest_offline(args.runs, args.env, args.offline, seed, wanted) for seed in seeds]
+
+
 def offline_phase(run: Run) -> dict:
     """Phase 1 by the algorithm that --offline names: CPQ here, another's from the checkpoints that its own file made."""
-    args, log = run.args, run.log
-    if args.offline == "cpq":
+    paths = other_checkpoints(run.args, run.dataset, run.log.seeds)
+    if not paths:
         return cpq_phase(run)
-    wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
-    fixed = build(args, run.env, {})
+    fixed = build(run.args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
-    log.repeat(paths)
+    run.log.repeat(paths)
     return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
 
 
@@ -790,6 +797,7 @@ def prepare(algo: str, args: Args) -> Run:
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
     if safe.reward.shape[0] == 0:
         raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
+    other_checkpoints(args, about, seeds)  # whatever is missing is said before anything is written
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
     return Run(args, env, about, data, safe, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 

@@ -16,7 +16,7 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the choice is by Q - lambda Qc, not by Q (the paper has no costs); (2) h is the
 entropy of the policy that was chosen; (3) evaluations and --eval are of the expanded policy, which needs critics and multiplier;
---eval-policy mean takes both policies' mean actions, and the better of them.
+--eval-policy mean takes both policies' mean actions, and the better of them; (4) k = 0 by default: the new policy is free.
 """
 
 import inspect
@@ -728,16 +728,22 @@ def cpq_phase(run: Run) -> dict:
     return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
 
 
+def other_checkpoints(args: Args, dataset: dict, seeds: list[int]) -> list[Path]:
+    """One checkpoint per seed that another offline algorithm (--offline) made for this task, limit, network size and dataset."""
+    if args.offline == "cpq":
+        return []
+    wanted = {"env": args.env, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": dataset["sha256"]}
+    return [logbook.newest_offline(args.runs, args.env, args.offline, seed, wanted) for seed in seeds]
+
+
 def offline_phase(run: Run) -> dict:
     """Phase 1 by the algorithm that --offline names: CPQ here, another's from the checkpoints that its own file made."""
-    args, log = run.args, run.log
-    if args.offline == "cpq":
+    paths = other_checkpoints(run.args, run.dataset, run.log.seeds)
+    if not paths:
         return cpq_phase(run)
-    wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
-    fixed = build(args, run.env, {})
+    fixed = build(run.args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
-    log.repeat(paths)
+    run.log.repeat(paths)
     return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
 
 
@@ -823,6 +829,7 @@ def prepare(algo: str, args: Args) -> Run:
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
     if safe.reward.shape[0] == 0:
         raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
+    other_checkpoints(args, about, seeds)  # whatever is missing is said before anything is written
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
     return Run(args, env, about, data, safe, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 

@@ -8,7 +8,7 @@ noisy are smoothed by clipped noise on the target action, and learn faster by mo
     online: a~ = clip(a' + clip(noise, -k, k), -1, 1), noise ~ N(0, s^2), a' ~ pi(.|s')        perturbed
             y_r = r + gamma (1-term.) (min_i Q'_i(s',a~) + alpha h), h = -log pi(a'|s')        so2_critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a~)                                               so2_critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a)                            actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss, drift
             e = J_c - d;  I <- max(0, I + Ki e);  lambda = max(0, Kp EMA(e) + I + Kd D)        update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
@@ -16,7 +16,7 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the cost critic's target action is perturbed alike, so that a cost just beside the
 policy counts; (2) three times the updates of the other files, not the paper's ten per environment step, which a CPU cannot
-afford; (3) two critics, not an ensemble of ten.
+afford; (3) two critics, not an ensemble of ten; (4) the anchor k KL to the offline policy pi_0 and `actor_warmup`, as in marvel.py.
 """
 
 import inspect
@@ -725,16 +725,22 @@ def cpq_phase(run: Run) -> dict:
     return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
 
 
+def other_checkpoints(args: Args, dataset: dict, seeds: list[int]) -> list[Path]:
+    """One checkpoint per seed that another offline algorithm (--offline) made for this task, limit, network size and dataset."""
+    if args.offline == "cpq":
+        return []
+    wanted = {"env": args.env, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": dataset["sha256"]}
+    return [logbook.newest_offline(args.runs, args.env, args.offline, seed, wanted) for seed in seeds]
+
+
 def offline_phase(run: Run) -> dict:
     """Phase 1 by the algorithm that --offline names: CPQ here, another's from the checkpoints that its own file made."""
-    args, log = run.args, run.log
-    if args.offline == "cpq":
+    paths = other_checkpoints(run.args, run.dataset, run.log.seeds)
+    if not paths:
         return cpq_phase(run)
-    wanted = {"env": run.env.name, "cost_limit": args.cost_limit, "hidden": args.hidden, "dataset": run.dataset["sha256"]}
-    paths = [logbook.newest_offline(args.runs, run.env.name, args.offline, seed, wanted) for seed in log.seeds]
-    fixed = build(args, run.env, {})
+    fixed = build(run.args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
-    log.repeat(paths)
+    run.log.repeat(paths)
     return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
 
 
@@ -802,6 +808,7 @@ def prepare(algo: str, args: Args) -> Run:
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)
     if safe.reward.shape[0] == 0:
         raise logbook.BadInput(f"{about['path']}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
+    other_checkpoints(args, about, seeds)  # whatever is missing is said before anything is written
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))
     return Run(args, env, about, data, safe, log, jax.vmap(jax.random.key)(jnp.array(seeds)))
 

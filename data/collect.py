@@ -63,8 +63,9 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
     "bullet/SafetyBallRun": (Behaviour(10.0, 120_000, 24, (1, 2, 3, 4, 5, 7, 8, 9, 12, 14, 20, 23), BULLET),),
     "bullet/SafetyBallCircle": (
         Behaviour(10.0, 120_000, 12, (1, 2, 3, 5, 7, 8, 10, 12), BULLET),
-        Behaviour(float("inf"), 40_000, 8, (1, 2, 3, 8), BULLET),
+        Behaviour(float("inf"), 40_000, 8, (1, 2, 3, 7), BULLET),
     ),
+    "bullet/SafetyCarRun": (Behaviour(10.0, 100_000, 20, (1, 2, 3, 4, 5), BULLET),),
     "SafetyAntRun": (Behaviour(15.0, 3_000_000, 60, (2, 6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 19), ANT),),
 }
 

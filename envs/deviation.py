@@ -33,7 +33,27 @@ class Bound(NamedTuple):
 # over the substeps; where something does, a solver that ends once float32 shows it no more improvement, and contacts that
 # begin a substep sooner or later. At the very first step of an episode Car's wheels stand at a distance of 0 from the
 # floor, and which of them touch is decided by the last digit of either engine: those steps are left out.
-BOUNDS: dict[str, Bound] = {}
+POINT = Bound((2e-7, 8e-7), (4e-6, 3e-4), (2e-4, 4e-3), (6e-8, 6e-7))  # the observation: its accelerometer
+CAR = Bound((5e-7, 6e-5), (4e-6, 2e-3), (1e-4, 4e-3), (3e-7, 6e-5))
+# Contacts with three kinds of friction, of which rolling is 1e-4 of sliding: hard to solve in float32.
+ANT = Bound((3e-4, 9e-3), (9e-3, 0.9), (3e-2, 4.0), (2e-3, 5e-2), 0.02)
+BOUNDS: dict[str, Bound] = {
+    "SafetyPointRun": POINT,
+    "SafetyCarRun": CAR,
+    "SafetyAntRun": ANT,
+    "SafetyPointCircle1": POINT,
+    "SafetyPointCircle2": POINT,
+    "SafetyCarCircle1": CAR,
+    "SafetyCarCircle2": CAR,
+    "SafetyAntCircle1": ANT,
+    "SafetyAntCircle2": ANT,
+    "SafetyHalfCheetahVelocity": Bound((4e-7, 5e-6), (2e-5, 2e-4), (2e-5, 2e-4), (4e-7, 3e-6)),
+    "SafetyHopperVelocity": Bound((2e-7, 6e-7), (2e-6, 3e-5), (2e-6, 3e-5), (3e-7, 4e-6)),
+    "SafetySwimmerVelocity": Bound((2e-7, 5e-7), (1e-6, 8e-6), (1e-6, 8e-6), (2e-7, 8e-7)),
+    "SafetyWalker2dVelocity": Bound((4e-7, 1e-6), (1e-5, 1e-4), (1e-5, 1e-4), (1e-6, 5e-6)),
+    # Its reward differs because MJX gives no Readings.dbody.
+    "SafetyAntVelocity": Bound((4e-7, 8e-7), (6e-6, 4e-5), (6e-6, 4e-5), (1e-2, 0.1), 0.02),
+}
 
 
 def states(env: envs.Env, seed: int = 0):

@@ -245,7 +245,6 @@ def test_evaluation_does_not_evict_training():
     pool.reset(few)
     zeros = lambda n: np.zeros((n, 6), np.float32)
 
-
     def take(seeds, n):
         rows = len(seeds)
         pool.step(seeds, np.zeros((rows, 1000, 6), np.float32), np.full(rows, n), zeros(rows), np.zeros(rows, bool), seeds)
