@@ -1,13 +1,13 @@
 """MuJoCo MJX: the physics as XLA code, for GPUs and TPUs; a program that steps it has no host callback in it.
 
-Everything is float32. What else differs from C MuJoCo; `python -m envs.deviation` measures what it amounts to over one step:
+Everything is float32. What else differs from C MuJoCo (`python -m envs.deviation` measures what it amounts to in one step):
 
     solver      at most ITERATIONS Newton iterations with LINE_SEARCH steps each, not the models' 100 and 50: MJX iterates
                 until the slowest row of the batch is done, and float32 hardly ever meets the models' tolerance of 1e-8.
     contacts    only those between `touching` and the floor: MJX pays at every step for every pair that could collide.
-    touching    at a distance of exactly 0 (Car's wheels at the start) is a contact in C MuJoCo and none here.
+                A distance of exactly 0 (Car's wheels at the start) is a contact for C MuJoCo and none for MJX.
     divergence  a row whose state is not finite after a step stays where it was, at rest; C MuJoCo puts it at qpos0.
-    activation  of actuators, tendons' and fluids' subtleties, ...: what MJX lacks it refuses when the model is made.
+    tracked     Readings.dbody is not provided.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ import numpy as np
 
 from envs.core import Readings
 
-with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints that warp, which we do not use, is missing
+# On import it prints that warp is missing, which is not used here.
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
     from mujoco import mjx
 
 ITERATIONS, LINE_SEARCH = 8, 8
@@ -44,7 +45,7 @@ class MjxPhysics:
     """Physics of `model`, `substeps` steps per environment step, then a forward pass if `forward`.
 
     `touching` names the geoms that can touch the floor, if nothing else ever touches (None: whatever the model allows).
-    `NotImplementedError` for models with features that MJX lacks. `Readings.dbody` is not provided.
+    Raises NotImplementedError for models with features that MJX lacks.
     """
 
     def __init__(self, model: mujoco.MjModel, substeps: int, forward: bool, touching: Sequence[str] | None = None):
@@ -83,13 +84,14 @@ class MjxPhysics:
 
         last, _ = jax.lax.scan(substep, (start, before.qvel, before.warm), length=self.substeps)
         sound = jnp.array([jnp.isfinite(x).all() for x in last]).all()
-        rest = (start, jnp.zeros_like(before.qvel), jnp.zeros_like(before.warm))
-        end, qvel, warm = jax.tree.map(partial(jnp.where, sound), last, rest)
+        at_rest = (start, jnp.zeros_like(before.qvel), jnp.zeros_like(before.warm))
+        end, qvel, warm = jax.tree.map(partial(jnp.where, sound), last, at_rest)
 
-        # qpos + end without loss: the rounded sum and what the rounding cut off.
+        # before.qpos + end without loss (Knuth's two-sum): the rounded sum, and what the rounding cut off.
         total = before.qpos + end
-        qpos = jnp.where(self.shifted, total, end)
-        rest = jnp.where(self.shifted, end - (total - before.qpos), 0.0)
+        added = total - before.qpos
+        cut_off = (before.qpos - (total - added)) + (end - added)
+        qpos, rest = jnp.where(self.shifted, total, end), jnp.where(self.shifted, cut_off, 0.0)
         warm, sensors = self._sense(qpos, qvel, warm, control)
         return MjxState(qpos, rest, qvel, warm), Readings(qpos, qvel, end - start, sensors)
 
@@ -151,7 +153,9 @@ def _over_rows(function, axes: int, *args):
     """`function`, written for one row, over the first `axes` axes of all arguments."""
     for _ in range(axes):
         function = jax.vmap(function)
-    return function(*args)
+    # GPUs and TPUs would multiply matrices at 10 or 8 bits of mantissa.
+    with jax.default_matmul_precision("highest"):
+        return function(*args)
 
 
 def _turn(quaternion, by):

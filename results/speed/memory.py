@@ -83,15 +83,15 @@ def measure(name: str, args: Args) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    print(f"bytes with {args.seeds} seeds, a replay buffer of {args.buffer_size:,} and a dataset of {args.transitions:,} transitions\n")
+    print(f"{args.seeds} seeds, a replay buffer of {args.buffer_size:,} and a dataset of {args.transitions:,} transitions\n")
     print(f"{'task':28s}{'environment':>13}{'transition':>12}{'learner/seed':>14}{'buffer/seed':>14}{'dataset':>11}", end="")
     print(f"{'step, all':>12}{'all':>10}{'of the device':>15}")
     for name in args.tasks:
         found = measure(envs.resolve(name), args)
         mega = lambda key: f"{found[key] / 1e6:,.1f} MB"
-        print(f"{name:28s}{found['environment']:>11,.0f} B{found['transition']:>10,} B{mega('learner'):>14}{mega('buffer'):>14}", end="")
-        print(f"{mega('dataset'):>11}{mega('working') if args.working else '-':>12}{found['all'] / 1e9:>7.2f} GB", end="")
-        print(f"{found['all'] / 1e9 / args.gigabytes:>15.0%}", flush=True)
+        print(f"{name:28s}{found['environment']:>11,.0f} B{found['transition']:>10,} B{mega('learner'):>14}", end="")
+        print(f"{mega('buffer'):>14}{mega('dataset'):>11}{mega('working') if args.working else '-':>12}", end="")
+        print(f"{found['all'] / 1e9:>7.2f} GB{found['all'] / 1e9 / args.gigabytes:>15.0%}", flush=True)
 
 
 if __name__ == "__main__":
