@@ -68,11 +68,14 @@ accept: setup  ## Move fresh runs into results/ and renew the report
 report: setup  ## Write results/README.md and its figures from the CSVs
 	$(PY) results/report.py
 
+# XLA compiles on one core: two processes, each with whole files (their fixtures are runs that are made once)
+PARALLEL = -n 2 --dist loadfile
+
 test: setup  ## Run the tests, except those marked slow
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: setup  ## Run all tests
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 clean:  ## Remove .venv, .venv-bullet and caches (not runs)
 	rm -rf $(VENV) .venv-bullet .cache .pytest_cache .ruff_cache .hypothesis

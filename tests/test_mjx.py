@@ -119,7 +119,7 @@ def test_any_leading_batch_shape(shape, monkeypatch):
 
 
 def test_episodes_restart_at_the_horizon():
-    env, _, _, obs, states, t = rolled()
+    _, _, _, _, states, t = rolled()
     ended = np.zeros((STEPS, *SHAPE), bool)
     ended[499] = True
     np.testing.assert_array_equal(t.truncated, ended)
@@ -144,7 +144,7 @@ def test_first_observations_are_those_of_c_mujoco():
 
 
 def test_actions_are_clipped_and_nan_is_no_action():
-    env, _, actions, _, states, t = rolled()
+    _, _, actions, _, states, t = rolled()
     assert (np.abs(actions[~np.isnan(actions)]) > 1).any()
     assert all(np.isfinite(np.asarray(x)).all() for x in (*jax.tree.leaves(states.physics), *t))
     for found, expected in one_step_of_c(np.arange(NAN_AT - 1, NAN_AT + 2), actions.at[NAN_AT, 0, 0, 0].set(0.0)):
@@ -156,7 +156,7 @@ def test_actions_are_clipped_and_nan_is_no_action():
 
 def one_step_of_c(steps, actions):
     """((qpos found, expected), (qvel ...), (reward ...)): of C MuJoCo from MJX's states at `steps`, in float64."""
-    env, _, _, _, states, t = rolled()
+    _, _, _, _, states, t = rolled()
     c, before = envs.make(POINT, "mujoco"), jax.tree.map(lambda x: x[steps], states.physics)
     engine = np.concatenate([position(before), before.qvel, before.warm], -1).astype(np.float64)
     bits = jnp.asarray(engine.view(np.uint32))
@@ -168,7 +168,7 @@ def one_step_of_c(steps, actions):
 
 
 def test_point_steps_like_c_mujoco():
-    env, _, actions, _, states, t = rolled()
+    actions = rolled()[2]
     (qpos, c_qpos), (qvel, c_qvel), (reward, c_reward) = one_step_of_c(np.arange(490), actions)
     np.testing.assert_allclose(qpos[..., :2], c_qpos[..., :2], rtol=0, atol=3e-6)  # 5 times the largest found
     np.testing.assert_allclose(qpos[..., 2], c_qpos[..., 2], rtol=1e-5, atol=2e-4)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository i
 # A script's own folder comes first on the path, where the neighbouring envs.py would be taken for the package `envs`.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import envs  # noqa: E402
-from algos import marvel  # noqa: E402
+import envs
+from algos import marvel
 
 
 @dataclass
@@ -88,7 +88,7 @@ def main(args: Args) -> None:
     print(f"{'step, all':>12}{'all':>10}{'of the device':>15}")
     for name in args.tasks:
         found = measure(envs.resolve(name), args)
-        mega = lambda key: f"{found[key] / 1e6:,.1f} MB"
+        mega = lambda key, found=found: f"{found[key] / 1e6:,.1f} MB"
         print(f"{name:28s}{found['environment']:>11,.0f} B{found['transition']:>10,} B{mega('learner'):>14}", end="")
         print(f"{mega('buffer'):>14}{mega('dataset'):>11}{mega('working') if args.working else '-':>12}", end="")
         print(f"{found['all'] / 1e9:>7.2f} GB{found['all'] / 1e9 / args.gigabytes:>15.0%}", flush=True)
