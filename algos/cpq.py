@@ -482,8 +482,9 @@ def cpq_phase(run: Run) -> dict:
     paths = [logbook.offline_path(args.runs, run.env.name, "cpq", recipe, seed) for seed in log.seeds]
     learner = over_seeds(lambda key: start_phase(init_params(key, fixed), fixed))(keys(run, "init"))
     if all(path.exists() for path in paths) and not log.resuming("offline"):
+        params = logbook.load_seeds(paths, learner.params)
         log.repeat(paths)
-        return logbook.load_seeds(paths, learner.params)
+        return params
     learn = partial(learn_offline, step=cpq_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=fixed)
     learn = over_seeds(learn, (0, None, 0), donate_argnums=0)
     show = evaluator(run, fixed.networks)

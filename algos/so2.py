@@ -703,8 +703,9 @@ def cpq_phase(run: Run) -> dict:
     paths = [logbook.offline_path(args.runs, run.env.name, "cpq", recipe, seed) for seed in log.seeds]
     learner = over_seeds(lambda key: start_phase(init_params(key, fixed), fixed))(keys(run, "init"))
     if all(path.exists() for path in paths) and not log.resuming("offline"):
+        params = logbook.load_seeds(paths, learner.params)
         log.repeat(paths)
-        return logbook.load_seeds(paths, learner.params)
+        return params
     learn = partial(learn_offline, step=cpq_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=fixed)
     learn = over_seeds(learn, (0, None, 0), donate_argnums=0)
     show = evaluator(run, fixed.networks)
@@ -740,8 +741,9 @@ def offline_phase(run: Run) -> dict:
         return cpq_phase(run)
     fixed = build(run.args, run.env, {})
     shapes = jax.eval_shape(over_seeds(lambda key: init_params(key, fixed)), run.roots)
+    params = logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
     run.log.repeat(paths)
-    return logbook.load_seeds(paths, {k: shapes[k] for k in ("actor", "critics")})
+    return params
 
 
 def online_phase(run: Run, params: dict) -> dict:
