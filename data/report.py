@@ -55,9 +55,9 @@ def scatter(env: str, found: dsrl.Episodes, cost_limit: float) -> None:
 def main(args: Args) -> None:
     text = INTRODUCTION.format(limit=args.cost_limit)
     behaviours = ""
-    for path in sorted(HERE.glob("*.hdf5")):
+    for path in sorted(HERE.rglob("*.hdf5")):
         dataset, about = dsrl.load(path)
-        found, env = dsrl.episodes(dataset), path.stem
+        found, env = dsrl.episodes(dataset), path.relative_to(HERE).with_suffix("").as_posix()
         safe = found.costs <= args.cost_limit
         scatter(env, found, args.cost_limit)
         best = f"{found.returns[safe].max():.0f}" if safe.any() else "none"
