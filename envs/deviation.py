@@ -28,11 +28,12 @@ class Bound(NamedTuple):
     flags: float = 0.0  # cost or terminated
 
 
-# Three to five times what was measured on a CPU. The algorithm is the same: in float64, with the contacts' frames turned
-# (physics_mjx.py), accelerations agree to 4e-12. What remains is float32, in two sizes: where nothing touches, its rounding
-# over the substeps; where something does, a solver that ends once float32 shows it no more improvement, and contacts that
-# begin a substep sooner or later. At the very first step of an episode Car's wheels stand at a distance of 0 from the
-# floor, and which of them touch is decided by the last digit of either engine: those steps are left out.
+# Three to five times what was measured on a CPU (Circle, with the robots of Run, has the bounds of Run). The algorithm is
+# the same: in float64, with the contacts' frames turned (physics_mjx.py), accelerations agree to 4e-12. What remains is
+# float32, in two sizes: where nothing touches, its rounding over the substeps; where something does, a solver that ends once
+# float32 shows it no more improvement, and contacts that begin a substep sooner or later. At the very first step of an
+# episode Car's wheels stand at a distance of 0 from the floor, and which of them touch is decided by the last digit of
+# either engine: those steps are left out.
 POINT = Bound((2e-7, 8e-7), (4e-6, 3e-4), (2e-4, 4e-3), (6e-8, 6e-7))  # the observation: its accelerometer
 CAR = Bound((5e-7, 6e-5), (4e-6, 2e-3), (1e-4, 4e-3), (3e-7, 6e-5))
 # Contacts with three kinds of friction, of which rolling is 1e-4 of sliding: hard to solve in float32.

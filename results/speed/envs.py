@@ -124,7 +124,7 @@ def reference_speed(task: envs.Task, python: str, seconds: float) -> float:
 
 def measure(name: str, args: Args) -> dict:
     """One row of the table."""
-    env = envs.make(name)
+    env = envs.make(name, "mujoco")
 
     @jax.jit
     def start(key):
