@@ -30,6 +30,7 @@ import envs
 from algos import logbook
 from algos.critics import symlog
 from algos.logbook import Logbook
+from algos.seeds import over_seeds
 from data import dsrl, public
 from envs import render
 
@@ -276,11 +277,6 @@ class Run(NamedTuple):
 
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
 CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
-
-
-def over_seeds(function, in_axes=0, **options):
-    """`function`, written for one seed, jitted over all of them at once."""
-    return jax.jit(jax.vmap(function, in_axes), **options)
 
 
 @partial(over_seeds, in_axes=(0, None, None))

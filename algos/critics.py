@@ -11,7 +11,11 @@ def symlog(x: jax.Array) -> jax.Array:
 
 
 class Critic(nn.Module):
-    """Q(obs (..., o), action (..., a)) -> (...,); LayerNorm after each hidden layer."""
+    """Q(obs (..., o), action (..., a)) -> (...,); LayerNorm after each hidden layer.
+
+    Without its learned scale and bias, which the next layer can express: their gradients, sums over the batch, took a third of a
+    gradient step on a CPU (jaxlib 0.10).
+    """
 
     hidden: tuple[int, ...]
 
@@ -19,7 +23,7 @@ class Critic(nn.Module):
     def __call__(self, obs, action):
         x = jnp.concatenate([symlog(obs), action], -1)
         for width in self.hidden:
-            x = nn.relu(nn.LayerNorm()(nn.Dense(width)(x)))
+            x = nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(nn.Dense(width)(x)))
         return nn.Dense(1)(x)[..., 0]
 
 

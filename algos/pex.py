@@ -40,6 +40,7 @@ import envs
 from algos import logbook
 from algos.critics import Critic, Ensemble, symlog
 from algos.logbook import Logbook
+from algos.seeds import over_seeds
 from data import dsrl, public
 from envs import render
 
@@ -655,11 +656,6 @@ OFFLINE_CODE = (  # a change in any of these makes another checkpoint
     Actor, VAE, Critic, Ensemble, build, init_params, descend, follow, sample_action, log_probability, thresholds, gaussian_kl,
     vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, cpq_step, learn_offline, sample,
 )  # fmt: skip
-
-
-def over_seeds(function, in_axes=0, **options):
-    """`function`, written for one seed, jitted over all of them at once."""
-    return jax.jit(jax.vmap(function, in_axes), **options)
 
 
 @partial(over_seeds, in_axes=(0, None, None))

@@ -41,6 +41,7 @@ import envs
 from algos import logbook
 from algos.critics import Ensemble, symlog
 from algos.logbook import Logbook
+from algos.seeds import over_seeds
 from envs import render
 
 
@@ -455,11 +456,6 @@ class Run(NamedTuple):
 
 
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
-
-
-def over_seeds(function, in_axes=0, **options):
-    """`function`, written for one seed, jitted over all of them at once."""
-    return jax.jit(jax.vmap(function, in_axes), **options)
 
 
 @partial(over_seeds, in_axes=(0, None, None))

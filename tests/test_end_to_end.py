@@ -39,10 +39,11 @@ ENDS = {  # algo -> (phases, gradient steps, environment steps)
 } | {name: (["offline", "online"], 500 + 2 * 20, 2 * 5 * 500) for name in ("naive_o2o", "jsrl", "pex", "so2")}
 
 
-def script(algo, words, runs, cwd):
-    """Runs a script in a foreign working directory, standard error not a terminal."""
+def script(algo, words, runs, cwd, devices=1):
+    """Runs a script in a foreign working directory, standard error not a terminal, on simulated CPU devices."""
     command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env", ENV, "--runs", str(runs), *words.split()]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170)
+    environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else None
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, env=environ)
 
 
 def run_folder(runs, algo):
@@ -163,6 +164,32 @@ def test_naive_is_marvel_without_pre_alignment_to_the_bit(place, finished):
     drop = lambda table: [{k: v for k, v in row.items() if k not in ("algo", "commit", "config_hash")} for row in table]
     assert drop(rows(naive)) == drop(rows(marvel))
     equal_checkpoints(naive, marvel)
+
+
+@pytest.mark.parametrize("seeds, devices", [(3, 1), (8, 8)])
+def test_a_seed_among_others_is_the_seed_alone(place, finished, seeds, devices):
+    """Whether vmapped beside two others or on its own of eight devices: the rows of a run of that seed only, closely."""
+    _, alone = finished("marvel")
+    runs = place / f"runs-{seeds}-{devices}"
+    done = script("marvel", f"{TINY['marvel']} --seeds {seeds}", runs, place, devices)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = rows(run_folder(runs, "marvel"))
+    assert {row["seed"] for row in table} == {str(seed) for seed in range(seeds)}
+    (folder,) = (runs / ENV / "marvel").iterdir()
+    a, b = (logbook.load(path / "checkpoint-seed0.safetensors")[0] for path in (alone, folder))
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0.01, atol=0.01, err_msg=name)
+    other = logbook.load(folder / "checkpoint-seed1.safetensors")[0]
+    assert any(not np.allclose(b[name], other[name], rtol=0.01, atol=0.01) for name in b)
+    compared = 0  # episodes of 500 steps blow a difference in the last digit up, so only the untrained policy's is compared
+    for one, row in zip(rows(alone), (row for row in table if row["seed"] == "0"), strict=True):
+        for key in ("reward_critic_loss", "cost_critic_loss", "q", "qc") if one["phase"] != "online" else ():
+            compared += bool(one[key])
+            np.testing.assert_allclose(float(row[key] or 0), float(one[key] or 0), rtol=1e-3, err_msg=key)
+        if one["event"] == "eval" and one["gradient_steps"] == "0":
+            compared += 1
+            np.testing.assert_allclose(float(row["return"]), float(one["return"]), rtol=1e-3)
+    assert compared == 9
 
 
 @pytest.mark.parametrize("algo", ["marvel", "pex"])

@@ -60,11 +60,11 @@ def test_files_stand_alone(script):
     tree = ast.parse((ROOT / "algos" / f"{script}.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "algos" for alias in node.names}
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("algos.")}
-    assert imported | {m.removeprefix("algos.") for m in modules} <= {"logbook", "critics"}
+    assert imported | {m.removeprefix("algos.") for m in modules} <= {"logbook", "critics", "seeds"}
 
 
 def test_no_script_is_forgotten():
-    scripts = {p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__", "critics", "logbook", "curves"}
+    scripts = {p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__", "critics", "seeds", "logbook", "curves"}
     assert scripts == set(SCRIPTS)
 
 
