@@ -37,9 +37,11 @@ Deviations, P from the paper, R from the released code:
  8 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02: VPA must have converged before phase 3 starts
    (at tau 0.005 and 2,500 steps Q was a third of what it became, and the first online updates undo the policy).
  9 (P, R) Evaluations sample the policy, whose cost the multiplier controls; --eval-policy mean for the mean action.
-10 (P, R) The online actor is anchored to the offline policy pi_0 (`anchor_weight`) and waits for the critics (`actor_warmup`).
-   Where Q is nearly flat around a good policy, Adam makes steps of full size out of its noise: on PointRun the episodes of the
-   first five iterations cost 229 on average, where the offline policy's cost 40. The divergence holds what no value speaks for and yields where one does.
+10 (P, R) The online actor is at first anchored to the offline policy pi_0 (`anchor_weight`, `anchor_decay`) and waits for the
+   critics (`actor_warmup`). Where Q is nearly flat around a good policy, Adam makes steps of full size out of its noise: on PointRun
+   the episodes of the first five iterations cost 229 on average, where the offline policy's cost 40. The divergence holds what no
+   value speaks for, yields where one does, and fades as the critics see the policy's own episodes.
+11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time.
 """
 
 import inspect
@@ -160,6 +162,8 @@ class Args:
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
     anchor_weight: float = 0.2
     """phase 3: weight of KL(pi | offline policy), scaled reward per nat; the paper has 0"""
+    anchor_decay: float = 0.7
+    """phase 3: share of the iterations after which the anchor, weakening linearly, is gone"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
 
@@ -171,6 +175,8 @@ class Args:
     """initial integral gain, per multiplier update"""
     kd: float = 0.001
     """initial derivative gain"""
+    reserve: float = 0.2
+    """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
     max_multiplier: float = 0.5
@@ -346,7 +352,7 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago). apid then scales the gains by (1 + a tanh((m-d)/d),
     1 + b (m-d)/d, 1 + c s/d), m and s the mean and standard deviation of the recent costs, within [K0/10, 10 K0].
     """
-    limit, decay = args.cost_limit, args.pid_decay
+    limit, decay = (1.0 - args.reserve) * args.cost_limit, args.pid_decay
     if math.isinf(limit):  # no constraint
         return m
     error = cost - limit
@@ -469,15 +475,20 @@ def drift(mean, log_std, prior_mean, prior_log_std):
     return jnp.sum(prior_log_std - log_std + 0.5 * (ratio - 1.0), -1)
 
 
-def actor_loss(actor, params: dict, multiplier, batch, key, fixed: Fixed):
-    """-(min_i Q_i - lambda Qc + entropy weight * h - anchor weight * KL(pi | offline policy)) of the policy's own actions."""
+def anchor_at(n, args: Args):
+    """The anchor's weight in iteration n: falls linearly from `anchor_weight` to 0 over the first `anchor_decay` of the iterations."""
+    return args.anchor_weight * jnp.maximum(0.0, 1.0 - n / (args.anchor_decay * args.iterations))
+
+
+def actor_loss(actor, params: dict, multiplier, anchor, batch, key, fixed: Fixed):
+    """-(min_i Q_i - lambda Qc + entropy weight * h - anchor * KL(pi | offline policy)) of the policy's own actions."""
     args, networks, critics = fixed.args, fixed.networks, params["critics"]
     mean, log_std = networks["actor"].apply(actor, batch.obs)
     action, log_prob = sample_action(key, mean, log_std)
     q = jnp.min(networks["reward"].apply(critics["reward"], batch.obs, action), 0)
     qc = networks["cost"].apply(critics["cost"], batch.obs, action)[0]
     away = drift(mean, log_std, *networks["actor"].apply(params["prior"], batch.obs))
-    loss = jnp.mean(args.entropy_weight * log_prob + args.anchor_weight * away - q + multiplier * qc)
+    loss = jnp.mean(args.entropy_weight * log_prob + anchor * away - q + multiplier * qc)
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
@@ -673,7 +684,7 @@ def vpa_step(learner: Learner, batches: tuple[Batch], key, fixed: Fixed):
     return follow(descend(learner, fixed, "critics", gradient), fixed), info
 
 
-def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
+def online_step(learner: Learner, multiplier, anchor, batch: Batch, key, fixed: Fixed):
     """Phase 3, SAC-Lagrangian: both critics, actor."""
     key_critic, key_actor = jax.random.split(key)
     weights = (fixed.args.entropy_weight, 0.0)
@@ -682,7 +693,7 @@ def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
     )
     learner = descend(learner, fixed, "critics", gradient)
     gradient, actor_info = jax.grad(actor_loss, has_aux=True)(
-        learner.params["actor"], learner.params, multiplier, batch, key_actor, fixed
+        learner.params["actor"], learner.params, multiplier, anchor, batch, key_actor, fixed
     )
     return follow(descend(learner, fixed, "actor", gradient), fixed), {**info, **actor_info}
 
@@ -723,7 +734,7 @@ def learn_online(learner, multiplier: Multiplier, replay: Replay, data: Batch, n
             half = sample(key_online, replay.data, args.batch_size // 2, filled)
             rest = sample(key_offline, data, args.batch_size - args.batch_size // 2, data.reward.shape[0])
             batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), half, rest)
-        after, info = step(learner, multiplier.value, batch, key_step, fixed)
+        after, info = step(learner, multiplier.value, anchor_at(n, args), batch, key_step, fixed)
         return hold_actor(after, learner, n <= args.actor_warmup), info
 
     learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_iter))

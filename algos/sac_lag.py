@@ -112,6 +112,8 @@ class Args:
     """integral gain per multiplier update"""
     kd: float = 0.005
     """initial derivative gain"""
+    reserve: float = 0.2
+    """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
     max_multiplier: float = 10.0
@@ -253,7 +255,7 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
     D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago). apid then scales the gains by (1 + a tanh((m-d)/d),
     1 + b (m-d)/d, 1 + c s/d), m and s the mean and standard deviation of the recent costs, within [K0/10, 10 K0].
     """
-    limit, decay = args.cost_limit, args.pid_decay
+    limit, decay = (1.0 - args.reserve) * args.cost_limit, args.pid_decay
     if math.isinf(limit):  # no constraint
         return m
     error = cost - limit

@@ -211,7 +211,7 @@ class Controller:
         self.error_ema, self.emas, self.costs = None, [], []
 
     def update(self, cost):
-        a, d = self.args, self.args.cost_limit
+        a, d = self.args, (1 - self.args.reserve) * self.args.cost_limit
         average = lambda old, new: new if old is None else a.pid_decay * old + (1 - a.pid_decay) * new
         self.error_ema = average(self.error_ema, cost - d)
         self.emas.append(average(self.emas[-1] if self.emas else None, cost))
@@ -262,7 +262,7 @@ def test_update_multiplier_against_plain_python(lagrangian, start, variant):
 
 def test_update_multiplier_first_step_by_hand():
     """Averages start at the first value, and there is no derivative yet: 0.01 * 10 + 0.001 * 10 = 0.11."""
-    args = marvel.Args(lagrangian="pid", cost_limit=20, kp=0.01, ki=0.001, kd=5.0, pid_delay=2)
+    args = marvel.Args(lagrangian="pid", cost_limit=25, reserve=0.2, kp=0.01, ki=0.001, kd=5.0, pid_delay=2)  # aims at 20
     m = marvel.init_multiplier(args)
     for cost, expected in (
         (30.0, 0.11),  # e = 10: P = 0.1, I = 0.01
@@ -278,7 +278,7 @@ def test_update_multiplier_first_step_by_hand():
 
 def test_the_integral_does_not_wind_up():
     """However long the limit was missed, the integral leaves its bound with the first update below the limit."""
-    args = marvel.Args(lagrangian="dual", ki=0.01)
+    args = marvel.Args(lagrangian="dual", ki=0.01, reserve=0.0)
     m = marvel.init_multiplier(args)
     for _ in range(100):
         m = marvel.update_multiplier(m, jnp.float32(500), args)
@@ -404,7 +404,7 @@ def test_sac_critic_targets(alpha, variant):
 def run_actor_loss(algo, actor, critics, multiplier, batch, key, fixed, alpha):
     if algo is marvel:
         fixed = fixed._replace(args=replace(fixed.args, entropy_weight=alpha))
-        return marvel.actor_loss(actor, {"critics": critics, "prior": actor}, multiplier, batch, key, fixed)
+        return marvel.actor_loss(actor, {"critics": critics, "prior": actor}, multiplier, 0.2, batch, key, fixed)
     params = {"critics": critics, "log_alpha": jnp.log(jnp.float32(alpha))}
     return sac_lag.actor_loss(actor, params, multiplier, batch, key, fixed)
 
@@ -849,11 +849,18 @@ def test_drift_against_numerical_integration(variant):
 def test_anchor_pulls_the_policy_back():
     fixed, batch, actor, critics, _ = setting(marvel)
     flat, prior = jax.tree.map(jnp.zeros_like, critics), jax.tree.map(lambda x: x + 0.5, actor)
-    fixed = fixed._replace(args=replace(fixed.args, entropy_weight=0.0, anchor_weight=1.0))
-    loss = lambda a: marvel.actor_loss(a, {"critics": flat, "prior": prior}, 0.0, batch, jax.random.key(0), fixed)[0]
+    fixed = fixed._replace(args=replace(fixed.args, entropy_weight=0.0))
+    loss = lambda a, anchor=1.0: marvel.actor_loss(a, {"critics": flat, "prior": prior}, 0.0, anchor, batch, jax.random.key(0), fixed)[0]
     step = jax.tree.map(lambda a, g: a - 1e-3 * g, actor, jax.grad(loss)(actor))
     assert loss(step) < loss(actor)
-    assert loss(prior) == pytest.approx(0.0, abs=1e-5)
+    assert float(loss(prior)) == pytest.approx(0.0, abs=1e-5)
+    assert float(loss(actor, 0.5)) == pytest.approx(0.5 * float(loss(actor)), rel=1e-4) and loss(actor, 0.0) == 0
+
+
+def test_anchor_fades():
+    """0.2 over half of 10 iterations: 4/5 of it after the first, nothing from the fifth on."""
+    args = marvel.Args(anchor_weight=0.2, anchor_decay=0.5, iterations=10)
+    np.testing.assert_allclose([marvel.anchor_at(n, args) for n in (0, 1, 4, 5, 9)], [0.2, 0.16, 0.04, 0, 0], atol=1e-7)
 
 
 def test_hold_actor():
