@@ -67,8 +67,8 @@ class Args:
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
     offline_batch_size: int = 256
     """phase 1: transitions per gradient step (OSRL: 512)"""
-    offline_actor_lr: float = 3e-4
-    """phase 1: Adam step size of the actor (OSRL: 1e-4)"""
+    offline_actor_lr: float = 1e-3
+    """phase 1: Adam step size of the actor (OSRL: 1e-4), falling to zero as a cosine"""
 
     eval_episodes: int = 20
     """episodes per evaluation"""
@@ -316,7 +316,7 @@ def spread(blocks: int, n: int) -> set[int]:
 def bc_phase(run: Run) -> dict:
     """The only phase."""
     args, log = run.args, run.log
-    fixed = build(args, run.env, {"actor": args.offline_actor_lr})
+    fixed = build(args, run.env, {"actor": optax.cosine_decay_schedule(args.offline_actor_lr, args.offline_steps)})
     learner = over_seeds(lambda key: start_phase(init_params(key, fixed), fixed))(keys(run, "init"))
     learn = partial(learn_offline, step=bc_step, batch_size=args.offline_batch_size, steps=CHUNK, fixed=fixed)
     learn = over_seeds(learn, (0, None, 0), donate_argnums=0)

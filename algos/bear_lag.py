@@ -83,8 +83,8 @@ class Args:
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
     offline_batch_size: int = 256
     """phase 1: transitions per gradient step (OSRL: 512)"""
-    offline_actor_lr: float = 3e-4
-    """phase 1: Adam step size of the actor (OSRL: 1e-4)"""
+    offline_actor_lr: float = 1e-3
+    """phase 1: Adam step size of the actor (OSRL: 1e-4), falling to zero as a cosine"""
     offline_critic_lr: float = 1e-3
     """phase 1: Adam step size of critics and VAE (OSRL: 1e-3)"""
     dual_lr: float = 1e-3
@@ -463,7 +463,8 @@ def spread(blocks: int, n: int) -> set[int]:
 def bear_phase(run: Run) -> dict:
     """The parameters that BEAR-Lag learns; not repeated where every seed has the checkpoint of this recipe."""
     args, log = run.args, run.log
-    rates = {"actor": args.offline_actor_lr, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_duals": args.dual_lr}
+    actor = optax.cosine_decay_schedule(args.offline_actor_lr, args.offline_steps)
+    rates = {"actor": actor, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_duals": args.dual_lr}
     fixed = build(args, run.env, rates)
     recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": run.dataset["sha256"]}
     recipe |= {"code": [inspect.getsource(f) for f in OFFLINE_CODE]}

@@ -55,7 +55,7 @@ COLUMNS = (
 ).split()
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
-    "cost_limit reserve vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight actor_warmup kp ki kd gain_rates rank_points "
+    "anchor_floor cost_limit reserve vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight actor_warmup kp ki kd gain_rates rank_points "
     "termination_cost checkpoint_seconds".split()
 )
 

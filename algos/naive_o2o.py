@@ -83,8 +83,8 @@ class Args:
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
     offline_batch_size: int = 256
     """phase 1: transitions per gradient step (OSRL: 512)"""
-    offline_actor_lr: float = 3e-4
-    """phase 1: Adam step size of the actor (OSRL: 1e-4)"""
+    offline_actor_lr: float = 1e-3
+    """phase 1: Adam step size of the actor (OSRL: 1e-4), falling to zero as a cosine"""
     offline_critic_lr: float = 1e-3
     """phase 1: Adam step size of critics and VAE (OSRL: 1e-3)"""
     dual_lr: float = 1e-4
@@ -112,12 +112,12 @@ class Args:
     """phase 3: parallel episodes per iteration, and per update of the multiplier (Marvel: 5)"""
     updates_per_iter: int = 200
     """phase 3: gradient steps per iteration (release: 20)"""
-    batch_size: int = 256
+    batch_size: int = 128
     """phase 3: transitions per gradient step (release: 64)"""
     buffer_size: int = 1_000_000
     """phase 3: replay capacity, transitions"""
-    actor_lr: float = 3e-5
-    """phase 3: Adam step size of the actor"""
+    actor_lr: float = 5e-5
+    """phase 3: Adam step size of the actor, falling to a tenth as a cosine"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
     entropy_weight: float = 0.01
@@ -125,15 +125,17 @@ class Args:
     anchor_weight: float = 0.2
     """phase 3: weight of KL(pi | offline policy), scaled reward per nat; the paper has 0"""
     anchor_decay: float = 0.7
-    """phase 3: share of the iterations after which the anchor, weakening linearly, is gone"""
+    """phase 3: share of the iterations after which the anchor, weakening linearly, would be gone"""
+    anchor_floor: float = 0.1
+    """phase 3: share of the anchor's weight that stays"""
     replay: Literal["online", "mixed"] = "online"
     """phase 3: batches from online transitions, or half of each from the dataset"""
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "dual"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
-    kp: float = 0.001
+    kp: float = 0.002
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.0001
+    ki: float = 0.0002
     """initial integral gain, per multiplier update"""
     kd: float = 0.001
     """initial derivative gain"""
@@ -436,8 +438,8 @@ def drift(mean, log_std, prior_mean, prior_log_std):
 
 
 def anchor_at(n, args: Args):
-    """The anchor's weight in iteration n: falls linearly from `anchor_weight` to 0 over the first `anchor_decay` of the iterations."""
-    return args.anchor_weight * jnp.maximum(0.0, 1.0 - n / (args.anchor_decay * args.iterations))
+    """The anchor's weight in iteration n: falls linearly, towards 0 after `anchor_decay` of the iterations, down to `anchor_floor`."""
+    return args.anchor_weight * jnp.maximum(args.anchor_floor, 1.0 - n / (args.anchor_decay * args.iterations))
 
 
 def actor_loss(actor, params: dict, multiplier, anchor, batch, key, fixed: Fixed):
@@ -640,6 +642,18 @@ class Run(NamedTuple):
     roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
 
 
+def offline_rates(args: Args) -> dict:
+    """Adam step sizes of phase 1. The actor's falls to zero: at a constant one the cost of its last steps scatters widely."""
+    actor = optax.cosine_decay_schedule(args.offline_actor_lr, args.offline_steps)
+    return {"actor": actor, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_dual": args.dual_lr}
+
+
+def online_rates(args: Args) -> dict:
+    """Adam step sizes of phase 3. The actor's falls to a tenth, as a cosine, so that policy and multiplier come to rest."""
+    steps = max(1, args.iterations - args.actor_warmup) * args.updates_per_iter
+    return {"actor": optax.cosine_decay_schedule(args.actor_lr, steps, 0.1), "critics": args.critic_lr}
+
+
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
 CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 OFFLINE_FIELDS = (
@@ -649,7 +663,7 @@ OFFLINE_FIELDS = (
 ).split()
 OFFLINE_CODE = (  # a change in any of these makes another checkpoint
     Actor, VAE, Critic, Ensemble, build, init_params, descend, follow, sample_action, log_probability, thresholds, gaussian_kl,
-    vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, cpq_step, learn_offline, sample,
+    vae_loss, ood_actions, cpq_critic_loss, dual_loss, cpq_actor_loss, cpq_step, learn_offline, sample, offline_rates,
 )  # fmt: skip
 
 
@@ -690,8 +704,7 @@ def spread(blocks: int, n: int) -> set[int]:
 def cpq_phase(run: Run) -> dict:
     """Phase 1: the parameters that CPQ learns; not repeated where every seed has the checkpoint of this recipe."""
     args, log = run.args, run.log
-    rates = {"actor": args.offline_actor_lr, "critics": args.offline_critic_lr, "vae": args.offline_critic_lr, "log_dual": args.dual_lr}
-    fixed = build(args, run.env, rates)
+    fixed = build(args, run.env, offline_rates(args))
     recipe = {field: asdict(args)[field] for field in OFFLINE_FIELDS} | {"dataset": run.dataset["sha256"]}
     recipe |= {"code": [inspect.getsource(f) for f in OFFLINE_CODE]}
     paths = [logbook.offline_path(args.runs, run.env.name, "cpq", recipe, seed) for seed in log.seeds]
@@ -743,7 +756,7 @@ def offline_phase(run: Run) -> dict:
 def online_phase(run: Run, params: dict) -> dict:
     """Phase 3: episodes, multiplier, gradient steps, in turn."""
     args, log, env, before = run.args, run.log, run.env, run.log.steps_before("online")
-    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr})
+    fixed = build(args, env, online_rates(args))
     start = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"]}
     learner = over_seeds(partial(start_phase, fixed=fixed))(start)
     per_iter = args.episodes_per_iter * env.horizon

@@ -70,18 +70,18 @@ class Args:
     """parallel environments per seed"""
     steps_per_block: int = 50
     """steps in each environment between two rounds of gradient steps"""
-    updates_per_block: int = 125
+    updates_per_block: int = 64
     """gradient steps per block"""
     buffer_size: int = 1_000_000
     """replay capacity, transitions"""
-    batch_size: int = 256
+    batch_size: int = 128
     """transitions per gradient step"""
 
     gamma: float = 0.99
     """discount of both critics"""
     tau: float = 0.005
     """rate of the target critics' moving average"""
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: tuple[int, ...] = (128, 128)
     """hidden layers of actor and critics"""
     num_critics: int = 2
     """reward critics; the minimum counts"""

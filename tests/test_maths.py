@@ -858,9 +858,9 @@ def test_anchor_pulls_the_policy_back():
 
 
 def test_anchor_fades():
-    """0.2 over half of 10 iterations: 4/5 of it after the first, nothing from the fifth on."""
-    args = marvel.Args(anchor_weight=0.2, anchor_decay=0.5, iterations=10)
-    np.testing.assert_allclose([marvel.anchor_at(n, args) for n in (0, 1, 4, 5, 9)], [0.2, 0.16, 0.04, 0, 0], atol=1e-7)
+    """0.2 over half of 10 iterations: 4/5 of it after the first, a tenth, its floor, from the fifth on."""
+    args = marvel.Args(anchor_weight=0.2, anchor_decay=0.5, anchor_floor=0.1, iterations=10)
+    np.testing.assert_allclose([marvel.anchor_at(n, args) for n in (0, 1, 4, 5, 9)], [0.2, 0.16, 0.04, 0.02, 0.02], atol=1e-7)
 
 
 def test_hold_actor():
