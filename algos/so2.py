@@ -117,10 +117,10 @@ class Args:
     buffer_size: int = 1_000_000
     """phase 3: replay capacity, transitions"""
     actor_lr: float = 5e-5
-    """phase 3: Adam step size of the actor, falling to a tenth as a cosine"""
+    """phase 3: Adam step size of the actor, falling to zero as a cosine"""
     critic_lr: float = 5e-4
     """phase 3: Adam step size of both critics"""
-    entropy_weight: float = 0.01
+    entropy_weight: float = 0.003
     """phase 3: alpha, scaled reward per nat (release: 5e-5 to 5e-3)"""
     anchor_weight: float = 0.2
     """phase 3: weight of KL(pi | offline policy), scaled reward per nat; the paper has 0"""
@@ -660,9 +660,9 @@ def offline_rates(args: Args) -> dict:
 
 
 def online_rates(args: Args) -> dict:
-    """Adam step sizes of phase 3. The actor's falls to a tenth, as a cosine, so that policy and multiplier come to rest."""
+    """Adam step sizes of phase 3. The actor's falls to zero, so that policy and multiplier come to rest."""
     steps = max(1, args.iterations - args.actor_warmup) * args.updates_per_iter
-    return {"actor": optax.cosine_decay_schedule(args.actor_lr, steps, 0.1), "critics": args.critic_lr}
+    return {"actor": optax.cosine_decay_schedule(args.actor_lr, steps), "critics": args.critic_lr}
 
 
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
