@@ -67,7 +67,8 @@ def draw(folder: Path) -> Path:
         plt.Line2D([], [], color="C3", ls="--", label=f"cost limit {limit:g}"),
     ]
     if dataset.get("safe_return_range"):
-        handles.append(plt.Rectangle((0, 0), 1, 1, color="C2", alpha=0.2, label="returns of the dataset's safe trajectories, 90th percentile dotted"))
+        label = "returns of the dataset's safe trajectories, 90th percentile dotted"
+        handles.append(plt.Rectangle((0, 0), 1, 1, color="C2", alpha=0.2, label=label))
     figure.suptitle(f"{config['algo']} on {config['env']}")
     figure.legend(handles=handles, loc="lower center", ncol=2, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))

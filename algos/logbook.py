@@ -55,8 +55,8 @@ COLUMNS = (
 ).split()
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
-    "anchor_floor cost_limit reserve vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight actor_warmup kp ki kd gain_rates rank_points "
-    "termination_cost checkpoint_seconds".split()
+    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight anchor_floor actor_warmup "
+    "reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds".split()
 )
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
@@ -81,7 +81,8 @@ def parse(args_class, words: list[str] | None = None):
         if not stop.code:  # --help
             raise
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
-        raise BadInput(" ".join(line for line in lines[1:] if line).replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
+        said = " ".join(line for line in lines[1:] if line)
+        raise BadInput(said.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
 
 
 def command(main, args_class, words: list[str] | None = None) -> None:
@@ -262,7 +263,8 @@ class Logbook:
         packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
-            "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "versions": {p: importlib.metadata.version(p) for p in packages},
+            "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip
         self.rows: list[dict] = []

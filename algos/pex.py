@@ -158,6 +158,8 @@ class Args:
 
     eval_episodes: int = 20
     """episodes per evaluation"""
+    final_eval_rounds: int = 5
+    """evaluations that the one at the end of each phase averages: the cost of 20 episodes scatters too widely to compare"""
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action"""
     offline_evals: int = 2
@@ -417,7 +419,7 @@ def cpq_actor_loss(actor, critics, batch, safe, key, fixed: Fixed):
 
 
 def expanded_policy(params: dict, critics, multiplier, obs, key, fixed: Fixed):
-    """Action (..., a) and log-probability (...,) of the policy that Q - lambda Qc chooses per state (`params`: prior, the offline one, and actor)."""
+    """Action (..., a) and log-probability (...,) of the policy that Q - lambda Qc chooses per state: params["prior"] or params["actor"]."""
     networks = fixed.networks
     keys = jax.random.split(key, 3)
     drawn = [sample_action(k, *networks["actor"].apply(params[name], obs)) for k, name in zip(keys, ("prior", "actor"))]
@@ -673,7 +675,7 @@ CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 OFFLINE_FIELDS = (
     "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
     "offline_critic_lr dual_lr init_dual cloning_weight cloning_quantile vae_hidden vae_beta ood_actions ood_states "
-    "offline_evals eval_episodes eval_policy"
+    "offline_evals eval_episodes final_eval_rounds eval_policy"
 ).split()
 OFFLINE_CODE = (  # a change in any of these makes another checkpoint
     Actor, VAE, Critic, Ensemble, build, init_params, descend, follow, sample_action, log_probability, thresholds, gaussian_kl,
@@ -697,14 +699,20 @@ def act(args: Args, networks: dict, actor, obs, key):
     return sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
 
 
+def measured(run: Run, found, n: int, last: bool) -> dict:
+    """What `found(keys)`, one evaluation, finds; at the end of a phase the mean of `final_eval_rounds` of them."""
+    rounds = [found(keys(run, "eval", n + i)) for i in range(run.args.final_eval_rounds if last else 1)]
+    return {k: sum(r[k] for r in rounds) / (1 if k == "episodes" else len(rounds)) for k in rounds[0]}
+
+
 def evaluator(run: Run, networks: dict):
     """A function that evaluates a learner and logs what it found."""
     args = run.args
     policy = lambda actor: partial(act, args, networks, actor)
     found = over_seeds(lambda actor, key: evaluate(policy(actor), key, run.env, args.eval_episodes).means())
 
-    def show(phase, learner, gradient_steps, env_steps, **columns):
-        means = found(learner.params["actor"], keys(run, "eval", gradient_steps))
+    def show(phase, learner, gradient_steps, env_steps, last, **columns):
+        means = measured(run, partial(found, learner.params["actor"]), gradient_steps, last)
         run.log.log(phase, "eval", gradient_steps=gradient_steps, env_steps=env_steps, **means, **columns)
 
     return show
@@ -739,7 +747,7 @@ def cpq_phase(run: Run) -> dict:
             learner, info = learn(learner, (run.data, run.safe), keys(run, "offline", n))
             log.log("offline", "train", gradient_steps=n * CHUNK, env_steps=0, **info)
         if n in evaluate_after:
-            show("offline", learner, n * CHUNK, 0)
+            show("offline", learner, n * CHUNK, 0, n == blocks)
         if n == blocks:
             log.save_seeds(paths, learner.params, {"recipe": recipe})
         return (learner,)
@@ -808,7 +816,7 @@ def online_phase(run: Run, params: dict) -> dict:
         kp, ki, kd = multiplier.gains.T
         log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
         if n in evaluate_after:
-            means = found(learner.params, multiplier.value, keys(run, "eval", steps["gradient_steps"]))
+            means = measured(run, partial(found, learner.params, multiplier.value), steps["gradient_steps"], n == args.iterations)
             log.log("online", "eval", **steps, **means, multiplier=multiplier.value)
         return learner, multiplier, replay, actors
 

@@ -129,6 +129,8 @@ class Args:
 
     eval_episodes: int = 20
     """episodes per evaluation"""
+    final_eval_rounds: int = 5
+    """evaluations that the one at the end of each phase averages: the cost of 20 episodes scatters too widely to compare"""
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action"""
     evals: int = 10
@@ -476,6 +478,12 @@ def act(args: Args, networks: dict, actor, obs, key):
     return sample_action(key, mean, log_std)[0] if args.eval_policy == "sample" else jnp.tanh(mean)
 
 
+def measured(run: Run, found, n: int, last: bool) -> dict:
+    """What `found(keys)`, one evaluation, finds; at the end of a phase the mean of `final_eval_rounds` of them."""
+    rounds = [found(keys(run, "eval", n + i)) for i in range(run.args.final_eval_rounds if last else 1)]
+    return {k: sum(r[k] for r in rounds) / (1 if k == "episodes" else len(rounds)) for k in rounds[0]}
+
+
 def spread(blocks: int, n: int) -> set[int]:
     """The blocks after which the n evaluations of a phase come: evenly spaced, the last at the end."""
     return set(np.linspace(0, blocks, n + 1).round().astype(int).tolist()[1:])
@@ -514,7 +522,8 @@ def online_phase(run: Run) -> dict:
             kp, ki, kd = multiplier.gains.T
             log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
         if n in evaluate_after:
-            log.log("online", "eval", **steps, **found(learner.params["actor"], keys(run, "eval", n)), multiplier=multiplier.value)
+            means = measured(run, partial(found, learner.params["actor"]), n, n == blocks)
+            log.log("online", "eval", **steps, **means, multiplier=multiplier.value)
             if args.snapshots:
                 names = [f"snapshot-seed{seed}-{n * per_block:08d}.safetensors" for seed in log.seeds]
                 log.save_seeds([log.folder / name for name in names], {"actor": learner.params["actor"]})

@@ -41,14 +41,15 @@ class Behaviour(NamedTuple):
 
 
 COMMON = (
-    "--lagrangian pid --hidden 128 128 --batch-size 256 --updates-per-block 64 --eval-episodes 10 --kp 0.001 --kd 0.0 "
-    "--reserve 0 --snapshots"
+    "--lagrangian pid --hidden 128 128 --batch-size 256 --updates-per-block 64 --eval-episodes 10 --final-eval-rounds 1 "
+    "--kp 0.001 --kd 0.0 --reserve 0 --snapshots"
 )
 SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.0003"
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.0003"
 ANT = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.00012 --privileged-critic"
 SEES = " --privileged-critic"
-BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"  # short episodes, learnt in a tenth of the steps
+# short episodes, learnt in a tenth of the steps
+BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"
 
 RECIPES: dict[str, tuple[Behaviour, ...]] = {
     "SafetyPointRun": (Behaviour(10.0, 200_000, 16, (1, 2, 4, 5, 6, 8, 10, 12, 13, 14), SIXTEEN + SEES),),

@@ -69,7 +69,8 @@ def main(args: Args) -> None:
         stages = {}
         for policy in json.loads(about["policies"]):
             stages.setdefault(policy["cost_limit"], []).append(f"{policy['env_steps'] / 1e3:.0f}k")
-        behaviours += f"\n![{env}]({env}.png)\n\n{env}: " + "; ".join(f"limit {k} at {', '.join(v)} steps" for k, v in stages.items()) + ".\n"
+        kept = "; ".join(f"limit {k} at {', '.join(v)} steps" for k, v in stages.items())
+        behaviours += f"\n![{env}]({env}.png)\n\n{env}: {kept}.\n"
     (HERE / "README.md").write_text(text + behaviours)
 
 

@@ -17,7 +17,7 @@ from data import dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
-OFFLINE = "--offline-steps 500 --offline-evals 1 --eval-episodes 2 --hidden 32 --dataset point.hdf5"
+OFFLINE = "--offline-steps 500 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 32 --dataset point.hdf5"
 ONLINE = OFFLINE + " --vae-hidden 32 --iterations 2 --evals 1 --updates-per-iter 20 --actor-warmup 1"
 TINY = {
     "cpq": OFFLINE + " --vae-hidden 32",  # first: the others start from its checkpoint
@@ -28,7 +28,7 @@ TINY = {
     "so2": ONLINE,
     "bc_safe": OFFLINE,
     "bear_lag": OFFLINE + " --vae-hidden 32",
-    "sac_lag": "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --hidden 32",
+    "sac_lag": "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 32",
 }
 ENDS = {  # algo -> (phases, gradient steps, environment steps)
     "cpq": (["offline"], 500, 0),

@@ -362,10 +362,10 @@ def random_dataset(env, path, episodes):
 
 
 MARVEL = (
-    "--offline-steps 500 --vpa-steps 500 --iterations 1 --evals 1 --offline-evals 1 --eval-episodes 2 --rank-points 4 "
+    "--offline-steps 500 --vpa-steps 500 --iterations 1 --evals 1 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --rank-points 4 "
     "--updates-per-iter 20 --hidden 32 32 --vae-hidden 32 32 --buffer-size 10000 --cost-limit 1000 --dataset data.hdf5"
 )
-SAC = "--env-steps 512 --num-envs 4 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --hidden 32 32"
+SAC = "--env-steps 512 --num-envs 4 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 32 32"
 
 
 @pytest.mark.slow

@@ -658,7 +658,7 @@ def test_sweep_refuses_bad_input_in_one_line(tmp_path, arguments, message, capsy
 @pytest.mark.slow
 def test_a_real_sweep_and_what_follows(tmp_path):
     """sac_lag with tiny arguments: sweep, accept, diff, report; then a sweep that finds nothing to do."""
-    tiny = "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 "
+    tiny = "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --final-eval-rounds 1 "
     tiny += "--hidden 32 32 --buffer-size 10000"
     arguments = ["--envs", ENV, "--algos", "sac_lag", "--seeds", "2", "--args", tiny, "--runs", str(tmp_path / "runs")]
     process = start_sweep(arguments)

@@ -23,9 +23,9 @@ from data import dsrl
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
 TINY = {
-    "marvel": "--seeds 2 --offline-steps 1000 --vpa-steps 1000 --iterations 4 --evals 2 --offline-evals 1 --eval-episodes 2 "
+    "marvel": "--seeds 2 --offline-steps 1000 --vpa-steps 1000 --iterations 4 --evals 2 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 "
     "--rank-points 4 --updates-per-iter 10 --hidden 16 --vae-hidden 16 --dataset point.hdf5",
-    "sac_lag": "--seeds 2 --env-steps 10240 --num-envs 16 --steps-per-block 64 --updates-per-block 8 --evals 2 --eval-episodes 2 --hidden 16",
+    "sac_lag": "--seeds 2 --env-steps 10240 --num-envs 16 --steps-per-block 64 --updates-per-block 8 --evals 2 --eval-episodes 2 --final-eval-rounds 1 --hidden 16",
 }
 
 
@@ -228,7 +228,7 @@ def test_a_diverged_seed_stops_alone(tmp_path, capsys):
 
 
 def test_when_every_seed_diverges_the_run_ends(tmp_path):
-    words = "--env SafetyPointRun --env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 1 --hidden 8"
+    words = "--env SafetyPointRun --env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 1 --final-eval-rounds 1 --hidden 8"
     with pytest.raises(SystemExit) as stop:
         logbook.command(sac_lag.main, sac_lag.Args, [*words.split(), "--runs", str(tmp_path), "--actor-lr", "1e30", "--critic-lr", "1e30"])
     assert stop.value.code == 1
