@@ -14,6 +14,10 @@ LAUNCHER ?=
 ADDRESS ?=
 GPUS ?=
 OPTIONS ?=
+# Interpreters that `make bench` measures beside: torch with osrl-lib, crax-bench, safety-gymnasium as published
+TORCH ?=
+CRAX ?=
+REFERENCE ?=
 # Python 3.11, for `make setup-bullet` only
 BULLET_PYTHON ?= python3.11
 
@@ -23,7 +27,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bullet run sweep diff accept report test test-all clean
+.PHONY: help setup setup-bullet run sweep diff accept report bench test test-all clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -67,6 +71,10 @@ accept: setup  ## Move fresh runs into results/ and renew the report
 
 report: setup  ## Write results/README.md and its figures from the CSVs
 	$(PY) results/report.py
+
+bench: setup  ## Measure speed beside others: make bench TORCH=python CRAX=python REFERENCE=python OPTIONS='--only cpq online floor'
+	$(PY) results/speed/bench.py $(if $(TORCH),--torch $(TORCH)) $(if $(CRAX),--crax $(CRAX)) \
+		$(if $(REFERENCE),--reference $(REFERENCE)) $(OPTIONS)
 
 # XLA compiles on one core: two processes, each with whole files (their fixtures are runs that are made once)
 PARALLEL = -n 2 --dist loadfile

@@ -1,0 +1,62 @@
+"""results/speed/bench.py: what it counts and writes; nothing here measures time."""
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+PATH = Path(__file__).resolve().parents[1] / "results" / "speed" / "bench.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", PATH)
+    sys.modules["bench"] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_matrix_products_are_counted_by_hand(bench):
+    """(3, 4) x (4, 5): 2 * 60; batched by 7; seven times in a scan; in both branches' larger one, jitted or not."""
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    count = lambda f, *x: bench.matmul_flops(jax.make_jaxpr(f)(*x))
+    assert count(jnp.matmul, a, b) == count(jax.jit(jnp.matmul), a, b) == 120
+    assert count(jax.vmap(jnp.matmul, (0, None)), jnp.ones((7, 3, 4)), b) == 840
+    assert count(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0], jnp.ones((4, 4))) == 7 * 128
+    assert count(lambda x: x + 1, a) == 0
+
+
+def test_ratios_say_how_many_times_as_fast(bench):
+    assert bench.Row("step", 2.0, "ms", peer=6.0).ratio == 3.0
+    assert bench.Row("steps", 600.0, "steps/s", peer=200.0).ratio == 3.0
+    assert bench.Row("step", 2.0, "ms").ratio is None
+    assert bench.Row("step", 2.0, "ms", floor=0.5).times_floor == 4.0
+
+
+def test_the_table_can_be_read_again(bench, tmp_path):
+    rows = [bench.Row("a, b", 12345.6, "steps/s", peer=5.0, peer_name="other", note="x"), bench.Row("c", 0.25, "ms")]
+    bench.write(rows, tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["what"] for row in found] == ["a, b", "c"]
+    assert float(found[0]["ours"]) == pytest.approx(12345.6, rel=0.01) and float(found[0]["ratio"]) == pytest.approx(2469, rel=0.01)
+    assert found[1]["peer"] == found[1]["ratio"] == ""
+    assert len(bench.show(rows).splitlines()) == 3
+
+
+def test_a_missing_peer_is_one_line(bench):
+    with pytest.raises(bench.NotMeasured, match="OSRL: not measured: name an interpreter with TORCH="):
+        bench.Peer("OSRL", "TORCH", None, "osrl", {"steps": 1}, 1.0)
+    with pytest.raises(bench.NotMeasured, match="nowhere"):
+        bench.Peer("OSRL", "TORCH", "/nowhere/python", "osrl", {"steps": 1}, 1.0)
+
+
+@pytest.mark.parametrize("words", ["--repeats 0", "--only everything", "--whole SafetyPointRan", "--out /nowhere/x.csv"])
+def test_bad_arguments_are_one_line(words):
+    done = subprocess.run([sys.executable, str(PATH), *words.split()], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
