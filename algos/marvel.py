@@ -42,7 +42,8 @@ Deviations, P from the paper, R from the released code:
    (`actor_warmup`). Where Q is nearly flat around a good policy, Adam makes steps of full size out of its noise: on PointRun
    the episodes of the first five iterations cost 229 on average, where the offline policy's cost 40. The divergence holds what no
    value speaks for, yields where one does, and weakens as the critics see the policy's own episodes.
-11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time.
+11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time, and while the return
+   still rises lambda lags behind (at a reserve of 0.2 the final costs were 26 on PointRun and 22 on HalfCheetah).
 """
 
 import inspect
@@ -178,7 +179,7 @@ class Args:
     """initial integral gain, per multiplier update"""
     kd: float = 0.001
     """initial derivative gain"""
-    reserve: float = 0.2
+    reserve: float = 0.4
     """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""

@@ -139,7 +139,7 @@ class Args:
     """initial integral gain, per multiplier update"""
     kd: float = 0.001
     """initial derivative gain"""
-    reserve: float = 0.2
+    reserve: float = 0.4
     """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
