@@ -43,7 +43,7 @@ Deviations, P from the paper, R from the released code:
    the episodes of the first five iterations cost 229 on average, where the offline policy's cost 40. The divergence holds what no
    value speaks for, yields where one does, and weakens as the critics see the policy's own episodes.
 11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time, and while the return
-   still rises lambda lags behind (at a reserve of 0.2 the final costs were 26 on PointRun and 22 on HalfCheetah).
+   still rises lambda lags behind (at a reserve of 0.2 the final costs were 26 on PointRun and 21 on HalfCheetah).
 """
 
 import inspect
