@@ -1,0 +1,283 @@
+"""algos/: every file that learns a critic, on probe environments whose values, constrained optimum and multiplier are known."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import bear_lag, cpq, jsrl, marvel, naive_o2o, pex, sac_lag, so2
+from tests import probes
+
+STEP = {  # what takes a gradient step; sac_lag's learn_online names its own
+    marvel: marvel.online_step, naive_o2o: naive_o2o.online_step, jsrl: jsrl.online_step, pex: pex.pex_step, so2: so2.so2_step,
+    sac_lag: None, cpq: cpq.cpq_step, bear_lag: bear_lag.bear_step,
+}  # fmt: skip
+
+
+def files(left_out, quick):
+    """The files to test: `quick` in `make test`, the others, whose steps are mostly the same text, in `make test-all`."""
+    name = lambda algo: algo.__name__.rsplit(".", 1)[-1]
+    chosen = [algo for algo in STEP if algo not in left_out]
+    return [pytest.param(algo, id=name(algo), marks=() if algo in quick else pytest.mark.slow) for algo in chosen]
+
+
+def made(algo, env, rates, **wanted):
+    """(fixed, learner) with those of the `wanted` arguments that the algorithm has, and Adam steps of size 0 for what has no rate."""
+    args = algo.Args(**{k: v for k, v in wanted.items() if k in algo.Args.__dataclass_fields__})
+    shapes = jax.eval_shape(partial(algo.init_params, jax.random.key(0), algo.build(args, env, {})))
+    fixed = algo.build(args, env, {name: rates.get(name, 0.0) for name in shapes})
+    params = jax.jit(partial(algo.init_params, fixed=fixed))(jax.random.key(0))
+    return fixed, algo.start_phase(params | {"prior": params["actor"]}, fixed)
+
+
+def uniform(obs, key):
+    return jax.random.uniform(key, (*obs.shape[:-1], 1), minval=-1.0)
+
+
+def random_data(env, steps, num_envs=16):
+    """Transitions of a random policy, leaves (steps, num_envs, ...)."""
+    collect = lambda: marvel.collect(marvel.init_actors(jax.random.key(0), env, num_envs), uniform, jax.random.key(1), env, steps)
+    return jax.jit(collect)()[1]
+
+
+def flat(batch):
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+
+# ---------------------------------------------------------------- values
+
+GAMMA, WIDTH = 0.9, 5
+PROBES = (probes.Constant(2.0, 0.5, 5), probes.Constant(2.0, 0.5, 50, terminal_at=4), probes.DelayedCost())
+
+
+def wide(obs):
+    """Observations filled up with zeros, so that one program serves all probes."""
+    return jnp.pad(obs, [(0, 0)] * (obs.ndim - 1) + [(0, WIDTH - obs.shape[-1])])
+
+
+@pytest.fixture(scope="module")
+def data():
+    """A random policy's transitions in all three probes, leaves (3, 64, 16, ...)."""
+    found = [random_data(env, 64) for env in PROBES]
+    return jax.tree.map(lambda *x: jnp.stack(x), *[b._replace(obs=wide(b.obs), next_obs=wide(b.next_obs)) for b in found])
+
+
+def fitted(algo, data, steps=1000, **changes):
+    """A function that gives a probe's (Q (members, rows), Qc (rows,)) after the algorithm's own gradient steps on its data.
+
+    What the files have in common is set alike, so that equal programs are compiled once."""
+    rates = {"actor": 1e-3, "critics": 3e-3, "vae": 1e-3, "log_duals": 1e-3}
+    small = dict(gamma=GAMMA, tau=0.05, hidden=(32, 32), vae_hidden=(8,), batch_size=64, ood_states=16, mmd_samples=4, reward_scale=0.1)
+    plain = dict(entropy_weight=0.0, init_temperature=1e-9, anchor_weight=0.0, actor_warmup=0, lagrangian="pid")
+    counts = dict(updates_per_iter=steps, updates_per_block=steps)
+    fixed, learner = made(algo, probes.Probe(5, WIDTH), rates, **{**small, **plain, **counts, **changes})
+
+    def learn(learner, new):
+        new, key = algo.Batch(*new), jax.random.key(3)
+        rows = flat(new)
+        if algo in (cpq, bear_lag):
+            batches = (rows, rows) if algo is cpq else (rows,)
+            return algo.learn_offline(learner, batches, key, STEP[algo], 64, steps, fixed)[0]
+        multiplier, ended = algo.init_multiplier(fixed.args), algo.Episodes(*jnp.zeros(4))
+        replay = algo.Replay(jax.tree.map(jnp.zeros_like, rows), jnp.int32(0))
+        if algo is sac_lag:
+            return algo.learn_online(learner, multiplier, replay, ended, new, ended, key, fixed)[0]
+        return algo.learn_online(learner, multiplier, replay, rows, new, ended, key, 1, STEP[algo], fixed)[0]
+
+    critics = jax.jit(jax.vmap(learn, (None, 0)))(learner, data).params["critics"]
+    apply = jax.jit(lambda c, *x: (fixed.networks["reward"].apply(c["reward"], *x), fixed.networks["cost"].apply(c["cost"], *x)[0]))
+
+    def values(probe, obs, action):
+        obs, action = jnp.asarray(obs, jnp.float32), jnp.float32(action)[:, None]
+        return jax.tree.map(np.asarray, apply(jax.tree.map(lambda x: x[probe], critics), wide(obs), action))
+
+    return values
+
+
+LEFT = (1 - GAMMA ** np.arange(4, 0, -1)) / (1 - GAMMA)  # the discounted number of steps left at clock 0, 1, 2, 3 of 4
+ACTIONS = np.linspace(-0.6, 0.6, 8)
+
+
+def check_costs(values):
+    """Qc of all three probes: a cost of 0.5 for ever, one that ends after four steps, one that comes two steps later or not."""
+    np.testing.assert_allclose(values(0, np.ones((8, 1)), ACTIONS)[1], np.full(8, 5.0), atol=0.1)
+    clock = np.repeat(np.arange(4), 2)
+    np.testing.assert_allclose(values(1, np.eye(5)[clock], ACTIONS)[1], 0.5 * LEFT[clock], atol=0.05)
+    first = np.array([-0.9, -0.6, -0.3, 0.3, 0.6, 0.9, -0.2, 0.2])
+    np.testing.assert_allclose(values(2, np.zeros((8, 2)), first)[1], GAMMA**2 * (first > 0), atol=0.1)
+
+
+@pytest.mark.parametrize("algo", files([cpq], quick=[pex, bear_lag]))
+def test_known_values(algo, data):
+    """Reward 2 (scaled 0.2) and cost 0.5 per step. Through time-outs r / (1 - gamma); up to a terminal state r times the discounted
+    number of steps left; whatever the policy does, and although it learns at the same time."""
+    values = fitted(algo, data)
+    check_costs(values)
+    np.testing.assert_allclose(values(0, np.ones((8, 1)), ACTIONS)[0], np.full((2, 8), 2.0), atol=0.06)
+    clock = np.repeat(np.arange(4), 2)
+    np.testing.assert_allclose(values(1, np.eye(5)[clock], ACTIONS)[0], np.tile(0.2 * LEFT[clock], (2, 1)), atol=0.03)
+
+
+def test_known_values_behind_the_gate(data):
+    """CPQ with q_thres = 1.15, costs as above. Time-outs: Qc = 5, the gate is shut, Q is the step's own reward. Before the terminal
+    state Qc is 1.72, 1.36, 0.95, 0.5: only the first step leads to where the gate is shut, and ends there."""
+    limit = 1.15 * 5 * (1 - GAMMA) / (1 - GAMMA**5)
+    values = fitted(cpq, data, cost_limit=limit)
+    check_costs(values)
+    np.testing.assert_allclose(values(0, np.ones((8, 1)), ACTIONS)[0], np.full((2, 8), 0.2), atol=0.03)
+    clock = np.repeat(np.arange(4), 2)
+    gated = 0.2 * np.array([1.0, *LEFT[1:]])
+    np.testing.assert_allclose(values(1, np.eye(5)[clock], ACTIONS)[0], np.tile(gated[clock], (2, 1)), atol=0.03)
+
+
+# ---------------------------------------------------------------- the constrained optimum
+
+
+class Weighted(probes.Probe):
+    """One step: the observation x is 1/2 or 1, the reward x a, the cost a^2, then a terminal state.
+
+    One limit d on the expected cost couples both observations through one multiplier: x a - lambda a^2 is largest at a = x / (2 lambda),
+    whose expected cost is E[x^2] / (4 lambda^2) = d: lambda = sqrt(E[x^2] / (4 d))."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def start(self, key):
+        return {"clock": jnp.int32(0), "x": jax.random.choice(key, jnp.asarray(X))}
+
+    def observe(self, physics):
+        return physics["x"][..., None]
+
+    def outcome(self, physics, action):
+        a = action[..., 0]
+        return physics, physics["x"] * a, jnp.square(a), jnp.ones(a.shape, bool)
+
+
+X = np.array([0.5, 1.0], np.float32)
+LIMIT = 0.15
+ENTROPY = 0.01  # its weight: a Gaussian's best variance is ENTROPY / (2 lambda), which costs
+multiplier_of = lambda entropy: float(entropy / 2 + np.sqrt(entropy**2 / 4 + LIMIT * np.mean(X**2))) / (2 * LIMIT)  # 1.02 for 0
+best = lambda multiplier: np.asarray(X) / (2 * multiplier)  # 0.24, 0.49
+COMMON = dict(
+    cost_limit=LIMIT, reserve=0.0, hidden=(32, 32), vae_hidden=(16,), reward_scale=1.0, tau=0.05, batch_size=64, episodes_per_iter=64,
+    updates_per_iter=4, updates_per_block=4, lagrangian="apid", kp=0.5, ki=0.05, kd=0.1, max_multiplier=10.0, entropy_weight=ENTROPY,
+    anchor_weight=0.0, actor_warmup=0, init_temperature=ENTROPY,
+)  # fmt: skip
+RATES = {"actor": 3e-3, "critics": 3e-3, "vae": 3e-3}
+
+
+def run_online(algo, iterations=300, seed=2, **changes):
+    """Episodes, multiplier and gradient steps in turn, as in the file's online_phase: (mean actions at X, cost, lambda) per iteration.
+
+    The offline policy is of no use, whatever it sees: JSRL's guide does about 0 (nothing), PEX's other half about -0.96."""
+    env = Weighted()
+    fixed, learner = made(algo, env, RATES, **{**COMMON, "iterations": iterations, "handover": 0.1, **changes})
+    args = fixed.args
+    prior = jax.tree.map(jnp.zeros_like, learner.params["actor"])
+    prior["params"]["Dense_2"]["bias"] = jnp.array([0.0 if algo is jsrl else -2.0, -1.0])
+    learner = learner._replace(params=learner.params | {"prior": prior})
+    zeros = lambda *shape: jnp.zeros((40 * 64, *shape))
+    replay = algo.Replay(algo.Batch(zeros(1), zeros(1), zeros(), zeros(), zeros(1), zeros()), jnp.int32(0))
+    extra = jsrl.Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan)) if algo is jsrl else algo.Episodes(*jnp.zeros(4))
+    policy = lambda actor, obs, key: algo.sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
+
+    def block(carry, step):
+        (learner, multiplier, replay, actors, extra), (n, key) = carry, step
+        key_collect, key_learn = jax.random.split(key)
+        params, own = learner.params, partial(policy, learner.params["actor"])
+        if algo is jsrl:
+            actors, new, ended = jsrl.collect_jump_start(actors, partial(policy, params["prior"]), own, extra.share, key_collect, env, 1)
+            extra = jsrl.advance(extra, ended.means(), n, args)
+        else:
+            choose = lambda obs, key: pex.expanded_policy(params, params["critics"], multiplier.value, obs, key, fixed)[0]
+            actors, new, ended = algo.collect(actors, choose if algo is pex else own, key_collect, env, 1)
+        if algo is sac_lag:
+            learner, multiplier, replay, extra, _ = algo.learn_online(learner, multiplier, replay, extra, new, ended, key_learn, fixed)
+        else:
+            learner, multiplier, replay, _ = algo.learn_online(
+                learner, multiplier, replay, replay.data, new, ended, key_learn, n, STEP[algo], fixed
+            )
+        means = jnp.tanh(fixed.networks["actor"].apply(learner.params["actor"], X[:, None])[0][:, 0])
+        return (learner, multiplier, replay, actors, extra), (means, ended.means()["cost"], multiplier.value)
+
+    carry = (learner, algo.init_multiplier(args), replay, algo.init_actors(jax.random.key(1), env, 64), extra)
+    steps = (jnp.arange(1, iterations + 1), jax.random.split(jax.random.key(seed), iterations))
+    return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(block, carry, steps)[1])(carry))
+
+
+@pytest.mark.parametrize("algo", files([cpq, bear_lag], quick=STEP))
+def test_online_optimum(algo):
+    """The mean actions become those of the constrained optimum, the cost the limit, lambda the dual solution."""
+    actions, cost, multiplier = (x[-60:].mean(0) for x in run_online(algo))
+    known = multiplier_of(ENTROPY)
+    np.testing.assert_allclose(actions, best(known), atol=0.03)
+    assert cost == pytest.approx(LIMIT, rel=0.08)
+    assert multiplier == pytest.approx(known, rel=0.1)
+
+
+class Quadratic:
+    """Stands in for a critic ensemble and can represent this problem's values exactly: linear in 1, x, a, x a, a^2. (MLPs fitted to
+    data that the policy does not choose are a few percent off in slope, and the optimum with them.)"""
+
+    def __init__(self, size):
+        self.size = size
+
+    def init(self, key, obs, action):
+        return 0.1 * jax.random.normal(key, (self.size, 5))
+
+    def apply(self, params, obs, action):
+        x, a = jnp.broadcast_arrays(obs[..., 0], action[..., 0])
+        return jnp.moveaxis(jnp.stack([jnp.ones_like(a), x, a, x * a, a**2], -1) @ params.T, -1, 0)
+
+
+def run_offline(algo, steps, name, values, **changes):
+    """Gradient steps on a random policy's data (and its safe episodes, to clone), for several values of an argument at once: a dictionary
+    of (values, 10, ...) arrays, one entry per tenth of the steps."""
+    env = Weighted()
+    rows = flat(random_data(env, 128))
+    fixed, learner = made(algo, env, RATES | {"critics": 1e-2, "log_duals": 1e-2}, **{**COMMON, **changes})
+    fixed = fixed._replace(networks=fixed.networks | {"reward": Quadratic(2), "cost": Quadratic(1)})
+    learner = algo.start_phase(jax.jit(partial(algo.init_params, fixed=fixed))(jax.random.key(0)), fixed)
+    safe = jax.tree.map(lambda x: x[np.asarray(rows.cost) <= LIMIT], rows)
+    batches = tuple(algo.Batch(*x) for x in ((rows, safe) if algo is cpq else (rows,)))
+
+    def learn(learner, value):
+        chosen = fixed._replace(args=replace(fixed.args, **{name: value}))
+
+        def tenth(learner, key):
+            learner, info = algo.learn_offline(learner, batches, key, STEP[algo], 64, steps // 10, chosen)
+            mean, log_std = fixed.networks["actor"].apply(learner.params["actor"], jnp.asarray(X)[:, None])
+            action = algo.sample_action(key, *(jnp.broadcast_to(v, (500, 2, 1)) for v in (mean, log_std)))[0][..., 0]
+            found = {"mean": jnp.tanh(mean[:, 0]), "return": jnp.mean(X * action), "cost": jnp.mean(action**2)}
+            if algo is bear_lag:
+                found["mmd"] = bear_lag.bear_actor_loss(learner.params["actor"], learner.params, batches[0], key, chosen)[1]["mmd"]
+            return learner, info | found
+
+        return jax.lax.scan(tenth, learner, jax.random.split(jax.random.key(1), 10))[1]
+
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(learn, (None, 0)))(learner, jnp.array(values)))
+
+
+def test_bear_lag_optimum():
+    """MMD limits of 2, which nothing reaches, and 0.3. The first: the constrained optimum and its lambda. The second: the policy keeps
+    to its distance from the data, where the cost is below its limit; the price of distance is positive and lambda falls."""
+    found = run_offline(bear_lag, 1200, "mmd_limit", [2.0, 0.3], init_duals=(0.1, 0.5), offline_max_multiplier=10.0, mmd_samples=8)
+    free, near = ({k: x[i, -4:].mean(0) for k, x in found.items()} for i in (0, 1))
+    np.testing.assert_allclose(free["mean"], best(multiplier_of(0.0)), atol=0.03)
+    assert free["cost"] == pytest.approx(LIMIT, rel=0.08)
+    assert free["multiplier"] == pytest.approx(multiplier_of(0.0), rel=0.06)
+    assert free["ood_weight"] < 0.02 and free["mmd"] < 1.0
+    assert near["mmd"] == pytest.approx(0.3, abs=0.03) and near["ood_weight"] > 0.5
+    assert near["cost"] < LIMIT and near["return"] > 0.05 and near["multiplier"] < 0.5 * free["multiplier"]
+
+
+def test_cpq_optimum():
+    """Limits of 0.15 and 5: safe data is cloned (return 0 on average), and the gate lets the reward pull as far as the limit allows; where
+    the gate is always open, farther than that."""
+    found = run_offline(cpq, 1000, "cost_limit", [LIMIT, 5.0])
+    gated, open_ = ({k: x[i, -4:].mean(0) for k, x in found.items()} for i in (0, 1))
+    assert gated["cost"] < 0.9 * LIMIT and gated["return"] > 0.11
+    assert open_["cost"] > LIMIT and open_["return"] > 1.3 * gated["return"]
