@@ -56,6 +56,41 @@ def test_a_missing_peer_is_one_line(bench):
         bench.Peer("OSRL", "TORCH", "/nowhere/python", "osrl", {"steps": 1}, 1.0)
 
 
+def test_a_peer_that_takes_too_long_is_stopped_and_said(bench, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ready\nread line\necho 0.5\nexec sleep 60\n")
+    python.chmod(0o755)
+    peer = bench.Peer("OSRL", "TORCH", str(python), "osrl", {"steps": 2}, 2.0)
+    assert peer() == 0.25
+    with pytest.raises(bench.NotMeasured, match="^OSRL: not measured: no answer within 2 s$"):
+        peer()
+
+
+def test_medians_are_of_rounds_that_alternate_and_a_failure_is_left_out(bench, capsys):
+    calls, values = [], {"a": iter([1.0, 9.0, 2.0]), "b": iter([5.0, 4.0, 6.0])}
+
+    def broken():
+        raise bench.NotMeasured("c: not measured: gone")
+
+    def measure(name):
+        calls.append(name)
+        return next(values[name])
+
+    found = bench.alternate({"a": lambda: measure("a"), "c": broken, "b": lambda: measure("b")}, 3)
+    assert found == {"a": 2.0, "b": 5.0} and calls == ["a", "b"] * 3
+    assert capsys.readouterr().out == "c: not measured: gone\n"
+
+
+def test_the_online_program_still_fits_marvel_and_moves_actor_and_critics(bench):
+    """A changed signature in algos/marvel.py must show here."""
+    program, start = bench.online_program(bench.ONLINE | {"rows": 40, "batch": 8, "hidden": (16, 16)}, 2, 3)
+    before = jax.tree.map(jnp.copy, start[0].params)  # the program takes the buffers over
+    learner, _, replay = program(start, 0)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, learner.params)
+    assert all(jax.tree.leaves([moved["actor"], moved["critics"]])) and not any(jax.tree.leaves(moved["prior"]))
+    assert (replay.inserted == 41).all()
+
+
 @pytest.mark.parametrize("words", ["--repeats 0", "--only everything", "--whole SafetyPointRan", "--out /nowhere/x.csv"])
 def test_bad_arguments_are_one_line(words):
     done = subprocess.run([sys.executable, str(PATH), *words.split()], capture_output=True, text=True, timeout=170)

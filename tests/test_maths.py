@@ -234,7 +234,8 @@ class Controller:
 @pytest.mark.parametrize("lagrangian", ["dual", "pid", "pid10", "apid"])
 @pytest.mark.parametrize("start", [0.0, 0.7])
 def test_update_multiplier_against_plain_python(lagrangian, start, variant):
-    args = marvel.Args(lagrangian=lagrangian, kp=0.02, ki=0.0005, kd=0.01, max_multiplier=2.0, init_multiplier=start)
+    gains = dict(kp=0.02, ki=0.0005, kd=0.01, max_multiplier=2.0, init_multiplier=start)
+    args = marvel.Args(lagrangian=lagrangian, cost_limit=25.0, reserve=0.2, **gains)  # aims at 20
     update = lambda m, cost: (marvel.update_multiplier(m, cost, args),) * 2
     m, reference = marvel.init_multiplier(args), Controller(args)
     if variant is VARIANTS["plain"]:  # op by op is slow: the beginning only

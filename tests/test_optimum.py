@@ -24,12 +24,20 @@ def files(left_out, quick):
     return [pytest.param(algo, id=name(algo), marks=() if algo in quick else pytest.mark.slow) for algo in chosen]
 
 
-def made(algo, env, rates, **wanted):
-    """(fixed, learner) with those of the `wanted` arguments that the algorithm has, and Adam steps of size 0 for what has no rate."""
+def made(algo, env, rates, critics=None, **wanted):
+    """(fixed, learner) with those of the `wanted` arguments that the algorithm has, and Adam steps of size 0 for what has no rate.
+
+    The first parameters are NumPy's, as the files' own take longer to compile than all else here."""
     args = algo.Args(**{k: v for k, v in wanted.items() if k in algo.Args.__dataclass_fields__})
-    shapes = jax.eval_shape(partial(algo.init_params, jax.random.key(0), algo.build(args, env, {})))
-    fixed = algo.build(args, env, {name: rates.get(name, 0.0) for name in shapes})
-    params = jax.jit(partial(algo.init_params, fixed=fixed))(jax.random.key(0))
+    fixed = algo.build(args, env, {})
+    fixed = fixed._replace(networks=fixed.networks | (critics or {}))
+    shapes, rng = jax.eval_shape(partial(algo.init_params, fixed=fixed), jax.random.key(0)), np.random.default_rng(0)
+    weight = lambda path, x: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[-2]) if path[-1].key == "kernel" else np.zeros(x.shape))
+    params = jax.tree_util.tree_map_with_path(weight, shapes)
+    starts = {"log_dual": "init_dual", "log_duals": "init_duals", "log_alpha": "init_temperature"}
+    params |= {name: np.log(np.float32(getattr(args, start))) for name, start in starts.items() if name in shapes}
+    params = jax.tree.map(jnp.asarray, params)
+    fixed = fixed._replace(optimizers=algo.build(args, env, {name: rates.get(name, 0.0) for name in shapes}).optimizers)
     return fixed, algo.start_phase(params | {"prior": params["actor"]}, fixed)
 
 
@@ -226,11 +234,11 @@ class Quadratic:
         self.size = size
 
     def init(self, key, obs, action):
-        return 0.1 * jax.random.normal(key, (self.size, 5))
+        return {"weights": jnp.zeros((self.size, 5))}
 
     def apply(self, params, obs, action):
         x, a = jnp.broadcast_arrays(obs[..., 0], action[..., 0])
-        return jnp.moveaxis(jnp.stack([jnp.ones_like(a), x, a, x * a, a**2], -1) @ params.T, -1, 0)
+        return jnp.moveaxis(jnp.stack([jnp.ones_like(a), x, a, x * a, a**2], -1) @ params["weights"].T, -1, 0)
 
 
 def run_offline(algo, steps, name, values, **changes):
@@ -238,9 +246,8 @@ def run_offline(algo, steps, name, values, **changes):
     of (values, 10, ...) arrays, one entry per tenth of the steps."""
     env = Weighted()
     rows = flat(random_data(env, 128))
-    fixed, learner = made(algo, env, RATES | {"critics": 1e-2, "log_duals": 1e-2}, **{**COMMON, **changes})
-    fixed = fixed._replace(networks=fixed.networks | {"reward": Quadratic(2), "cost": Quadratic(1)})
-    learner = algo.start_phase(jax.jit(partial(algo.init_params, fixed=fixed))(jax.random.key(0)), fixed)
+    exact = {"reward": Quadratic(2), "cost": Quadratic(1)}
+    fixed, learner = made(algo, env, RATES | {"critics": 1e-2, "log_duals": 1e-2}, exact, **{**COMMON, **changes})
     safe = jax.tree.map(lambda x: x[np.asarray(rows.cost) <= LIMIT], rows)
     batches = tuple(algo.Batch(*x) for x in ((rows, safe) if algo is cpq else (rows,)))
 

@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -209,7 +210,7 @@ class Peer:
         self._answer()
 
     def _answer(self) -> str:
-        late = threading.Timer(self.patience, self.process.kill)
+        late, began = threading.Timer(self.patience, self.process.kill), time.monotonic()
         late.start()
         line = self.process.stdout.readline()
         late.cancel()
@@ -217,8 +218,8 @@ class Peer:
             self.process.wait()
             self.said.seek(0)
             lines = self.said.read().strip().splitlines() or [f"exit code {self.process.returncode}"]
-            stopped = "" if self.process.returncode >= 0 else "stopped: "
-            raise NotMeasured(f"{self.name}: not measured: {stopped}{lines[-1]}")
+            why = lines[-1] if time.monotonic() - began < self.patience else f"no answer within {self.patience:g} s"
+            raise NotMeasured(f"{self.name}: not measured: {why}")
         return line
 
     def __call__(self) -> float:
@@ -547,6 +548,7 @@ def whole(args: Args, _) -> list[Row]:
 
 
 def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs and peers started here end with this
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
     print(f"{jax.devices()[0].platform}, {cpus} of its cores{load}; medians of {args.repeats}", flush=True)
