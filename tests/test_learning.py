@@ -93,7 +93,7 @@ def solve(algo, blocks=600, limit=LIMIT, **changes):
     quarter."""
     env = probes.OneStep()
     common = dict(
-        cost_limit=limit, hidden=(32, 32), reward_scale=1.0, batch_size=64, actor_lr=3e-3, critic_lr=3e-3, tau=0.05,
+        reserve=0.0, cost_limit=limit, hidden=(32, 32), reward_scale=1.0, batch_size=64, actor_lr=3e-3, critic_lr=3e-3, tau=0.05,
         episodes_per_iter=ENVS, kp=0.5, ki=0.03, kd=0.0, max_multiplier=10.0, gain_rates=(0.0, 0.0, 0.0),
     )  # fmt: skip
     if algo is marvel:
