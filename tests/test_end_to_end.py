@@ -166,7 +166,7 @@ def test_naive_is_marvel_without_pre_alignment_to_the_bit(place, finished):
     equal_checkpoints(naive, marvel)
 
 
-@pytest.mark.parametrize("seeds, devices", [(3, 1), (2, 2), pytest.param(8, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds, devices", [(3, 1), *(pytest.param(n, n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_a_seed_among_others_is_the_seed_alone(place, finished, seeds, devices):
     """Whether vmapped beside two others or on a device of its own: the rows of a run of that seed only, closely."""
     _, alone = finished("marvel")
