@@ -148,7 +148,8 @@ class Weighted(probes.Probe):
     """One step: the observation x is 1/2 or 1, the reward x a, the cost a^2, then a terminal state.
 
     One limit d on the expected cost couples both observations through one multiplier: x a - lambda a^2 is largest at a = x / (2 lambda),
-    whose expected cost is E[x^2] / (4 lambda^2) = d: lambda = sqrt(E[x^2] / (4 d))."""
+    whose expected cost is E[x^2] / (4 lambda^2) = d: lambda = sqrt(E[x^2] / (4 d)). With entropy weight e the best policy has variance
+    e / (2 lambda) besides (tanh apart), which costs as well: E[x^2] / (4 lambda^2) + e / (2 lambda) = d."""
 
     def __init__(self):
         super().__init__(1, 1)
@@ -166,20 +167,20 @@ class Weighted(probes.Probe):
 
 X = np.array([0.5, 1.0], np.float32)
 LIMIT = 0.15
-ENTROPY = 0.01  # its weight: a Gaussian's best variance is ENTROPY / (2 lambda), which costs
+ENTROPY = 0.01  # weight of the online phase
 multiplier_of = lambda entropy: float(entropy / 2 + np.sqrt(entropy**2 / 4 + LIMIT * np.mean(X**2))) / (2 * LIMIT)  # 1.02 for 0
 best = lambda multiplier: np.asarray(X) / (2 * multiplier)  # 0.24, 0.49
 COMMON = dict(
-    cost_limit=LIMIT, reserve=0.0, hidden=(32,), vae_hidden=(16,), reward_scale=1.0, tau=0.05, batch_size=64, episodes_per_iter=64,
+    cost_limit=LIMIT, reserve=0.0, hidden=(32, 32), vae_hidden=(16,), reward_scale=1.0, tau=0.05, batch_size=64, episodes_per_iter=64,
     updates_per_iter=4, updates_per_block=4, lagrangian="apid", kp=0.5, ki=0.05, kd=0.1, max_multiplier=10.0, entropy_weight=ENTROPY,
     anchor_weight=0.0, actor_warmup=0, init_temperature=ENTROPY,
 )  # fmt: skip
-RATES = {"actor": 3e-3, "critics": 1e-2, "vae": 3e-3, "log_duals": 1e-2}
+RATES = {"actor": 3e-3, "critics": 2e-2, "vae": 3e-3, "log_duals": 1e-2}
 
 
 class Quadratic:
     """Stands in for a critic ensemble and can represent this problem's values exactly: linear in 1, x, a, x a, a^2. (MLPs fitted to
-    data that the policy does not choose are a few percent off in slope, and the optimum with them.)"""
+    data that the policy does not choose are some percent off in slope, and the optimum with them.)"""
 
     def __init__(self, size):
         self.size = size
@@ -195,7 +196,7 @@ class Quadratic:
 EXACT = {"reward": Quadratic(2), "cost": Quadratic(1)}
 
 
-def run_online(algo, iterations=300, seed=2, **changes):
+def run_online(algo, iterations=500, seed=2, **changes):
     """Episodes, multiplier and gradient steps in turn, as in the file's online_phase: (mean actions at X, cost, lambda) per iteration.
 
     The offline policy is of no use, whatever it sees: JSRL's guide does about 0 (nothing), PEX's other half about -0.96."""
@@ -203,9 +204,9 @@ def run_online(algo, iterations=300, seed=2, **changes):
     fixed, learner = made(algo, env, RATES, EXACT, **{**COMMON, "iterations": iterations, "handover": 0.1, **changes})
     args = fixed.args
     prior = jax.tree.map(jnp.zeros_like, learner.params["actor"])
-    prior["params"]["Dense_1"]["bias"] = jnp.array([0.0 if algo is jsrl else -2.0, -1.0])
+    prior["params"]["Dense_2"]["bias"] = jnp.array([0.0 if algo is jsrl else -2.0, -1.0])
     learner = learner._replace(params=learner.params | {"prior": prior})
-    zeros = lambda *shape: jnp.zeros((40 * 64, *shape))
+    zeros = lambda *shape: jnp.zeros((iterations * 64, *shape))
     replay = algo.Replay(algo.Batch(zeros(1), zeros(1), zeros(), zeros(), zeros(1), zeros()), jnp.int32(0))
     extra = jsrl.Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan)) if algo is jsrl else algo.Episodes(*jnp.zeros(4))
     policy = lambda actor, obs, key: algo.sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
@@ -234,14 +235,15 @@ def run_online(algo, iterations=300, seed=2, **changes):
     return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(block, carry, steps)[1])(carry))
 
 
-@pytest.mark.parametrize("algo", files([cpq, bear_lag], quick=STEP))
+@pytest.mark.parametrize("algo", files([cpq, bear_lag], quick=[marvel, naive_o2o, jsrl, pex]))
 def test_online_optimum(algo):
-    """The mean actions become those of the constrained optimum, the cost the limit, lambda the dual solution."""
+    """The mean actions become those of the constrained optimum, the cost the limit, lambda the dual solution. (SO2 does here what
+    Marvel does: it perturbs the actions of next states, of which there are none.)"""
     actions, cost, multiplier = (x[-60:].mean(0) for x in run_online(algo))
     known = multiplier_of(ENTROPY)
-    np.testing.assert_allclose(actions, best(known), atol=0.03)
-    assert cost == pytest.approx(LIMIT, rel=0.08)
-    assert multiplier == pytest.approx(known, rel=0.1)
+    np.testing.assert_allclose(actions, best(known), atol=0.025)
+    assert cost == pytest.approx(LIMIT, rel=0.05)
+    assert multiplier == pytest.approx(known, rel=0.05)
 
 
 def run_offline(algo, steps, name, values, **changes):
