@@ -276,8 +276,9 @@ def ood_actions(params: dict, batch, key, fixed: Fixed):
     Weight 1 where the action is really far, its KL beyond that of 99% of the batch's own actions (deviation 3), else 0.
     """
     vae_kl = lambda obs, action: gaussian_kl(*fixed.networks["vae"].apply(params["vae"], obs, action, method="encode"))
-    obs = jnp.repeat(batch.obs[: fixed.args.ood_states], fixed.args.ood_actions, 0)
-    action, _ = sample_action(key, *fixed.networks["actor"].apply(params["actor"], obs))
+    repeat = lambda x: jnp.repeat(x, fixed.args.ood_actions, 0)  # after the actor, for which the copies are one state
+    mean, log_std = fixed.networks["actor"].apply(params["actor"], batch.obs[: fixed.args.ood_states])
+    obs, (action, _) = repeat(batch.obs[: fixed.args.ood_states]), sample_action(key, repeat(mean), repeat(log_std))
     kl, far = jax.lax.top_k(vae_kl(obs, action), obs.shape[0] // 4)
     weight = kl > jnp.quantile(vae_kl(batch.obs, batch.action), 0.99)
     return obs[far], action[far], weight.astype(jnp.float32)
