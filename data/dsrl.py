@@ -277,12 +277,13 @@ def episodes(dataset: Dataset) -> Episodes:
 
 def in_safe_trajectories(dataset: Dataset, cost_limit: float, quantile: float = 0.0) -> np.ndarray:
     """(N,) bool: the transition belongs to a complete trajectory whose cost is at most `cost_limit`, and whose return is
-    at least the `quantile` (0 to 1) of such trajectories' returns."""
+    at least the `quantile` (0 to 1) of such trajectories' returns, each counted by its length: where episodes end early, most
+    trajectories are short and poor, and hold few of the transitions."""
     found = episodes(dataset)
-    safe = found.complete & (found.costs <= cost_limit)
+    safe, lengths = found.complete & (found.costs <= cost_limit), found.lengths.astype(np.int64)
     if safe.any():
-        safe &= found.returns >= np.quantile(found.returns[safe], quantile)
-    return np.repeat(safe, found.lengths.astype(np.int64))
+        safe &= found.returns >= np.quantile(np.repeat(found.returns[safe], lengths[safe]), quantile)
+    return np.repeat(safe, lengths)
 
 
 def describe(dataset: Dataset, cost_limit: float) -> dict[str, Any]:

@@ -388,6 +388,20 @@ def test_describe_with_nothing_safe_or_nothing_complete():
     assert summary["safe_share"] is None and summary["return_quantiles"] is None
 
 
+def test_the_best_safe_trajectories_are_counted_by_their_length():
+    """Ten short ones of return 0 or 1, long ones of returns 6, 12 and (unsafe) 99, and an unfinished one."""
+    lengths, returns, costs = [1] * 10 + [6, 6, 6, 6], [0, 1] * 5 + [6, 12, 99, 50], [0] * 12 + [30, 0]
+    spread = lambda sums: np.repeat(np.divide(sums, lengths), lengths).astype(np.float32)
+    ends = np.zeros(sum(lengths), bool)
+    ends[np.cumsum(lengths[:-1]) - 1] = True
+    matrix = np.zeros((len(ends), 1), np.float32)
+    dataset = dsrl.Dataset(matrix, matrix, matrix, spread(returns), spread(costs), ends, np.zeros_like(ends))
+    chosen = lambda q: np.add.reduceat(dsrl.in_safe_trajectories(dataset, 25, q), np.cumsum([0, *lengths[:-1]])).tolist()
+    assert chosen(0.0) == [1] * 10 + [6, 6, 0, 0]
+    assert chosen(0.5) == [0] * 10 + [6, 6, 0, 0]  # half of the 22 safe steps are of return 6 or 12, and 2 of 12 trajectories
+    assert chosen(0.75) == [0] * 10 + [0, 6, 0, 0]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The bytes of a valid file: as save writes it, and in the older format without checksums of published files."""
