@@ -46,7 +46,11 @@ COMMON = (
 )
 SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.0003"
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.0003"
-ANT = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.00012 --privileged-critic"
+# lambda rises slowly and dying costs: otherwise falling early is the first way to be safe that they learn
+ANT = (
+    "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --kp 0.00001 --ki 0.00003 --termination-cost 100 "
+    "--privileged-critic"
+)
 SEES = " --privileged-critic"
 # short episodes, learnt in a tenth of the steps
 BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"
@@ -67,7 +71,10 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(float("inf"), 40_000, 8, (1, 2, 3, 7), BULLET),
     ),
     "bullet/SafetyCarRun": (Behaviour(10.0, 100_000, 20, (1, 2, 3, 4, 5), BULLET),),
-    "SafetyAntRun": (Behaviour(15.0, 3_000_000, 60, (2, 6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 19), ANT),),
+    "SafetyAntRun": (
+        Behaviour(15.0, 950_000, 38, (3, 4, 5, 6, 8, 16, 20, 22, 24, 28, 32, 36), ANT),
+        Behaviour(float("inf"), 600_000, 24, (10, 17), ANT),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes results/README.md and its figures from results/ENV/ALGO.csv and .json alone: `make report`."""
+"""Writes results/README.md and its figures, and the table in algos/README.md, from results/ENV/ALGO.csv and .json: `make report`."""
 
 import math
 import sys
@@ -528,6 +528,31 @@ def report(folder: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def summary(folder: Path) -> str:
+    """One line per algorithm: return / cost of the offline policy and at the end, and the cost of all training episodes, by task."""
+    runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
+    tasks = [env for env in ENVS if {name for task, name, _ in runs if task == env} >= set(ALGOS)]
+    header, rows = ["algorithm"], []
+    for env in tasks:
+        header += [f"{env}: offline", "final", "training cost"]
+    pair = lambda found, prefix="": " / ".join(number(found[prefix + key].mean()) for key in ("return", "cost"))
+    for name in ALGOS:
+        rows.append([NAMES[name]])
+        for env in tasks:
+            found = alive(runs[env, name, csvs.LIMIT])
+            rows[-1] += [pair(found, "offline_"), pair(found), number(found["training_cost"].mean())]
+    return "\n".join(markdown(header, rows))
+
+
+MARKS = "<!-- made by `make report` -->\n", "<!-- until here -->\n"
+
+
+def put_between_marks(text: str, table: str) -> str:
+    """`text` with `table` instead of what stands between the MARKS."""
+    before, _, rest = text.partition(MARKS[0])
+    return before + MARKS[0] + table + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = csvs.Parser(__doc__)
     parser.add_argument(
@@ -537,6 +562,9 @@ def main(arguments: list[str] | None = None) -> int:
     text = report(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{folder / 'README.md'}: {text.count(chr(10))} lines")
+    if folder == ROOT / "results":
+        page = ROOT / "algos" / "README.md"
+        page.write_text(put_between_marks(page.read_text(encoding="utf-8"), summary(folder)), encoding="utf-8")
     return 0
 
 

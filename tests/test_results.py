@@ -441,6 +441,9 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     committed = (ROOT / "results" / "README.md").read_text()
     assert report.report(tmp_path / "results") == committed, "run `make report`"
+    page = (ROOT / "algos" / "README.md").read_text()
+    assert report.put_between_marks(page, report.summary(tmp_path / "results")) == page, "run `make report`"
+    assert page.count("| Marvel |") == 1
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", committed):
         assert (ROOT / "results" / figure).stat().st_size < 150_000
 
