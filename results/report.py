@@ -361,7 +361,7 @@ def commands(task: Task) -> list[str]:
 def save(figure, path: Path, top: float = 1.0) -> bool:
     figure.tight_layout(rect=(0, 0, 1, top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=90, metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(figure)
     return True
 

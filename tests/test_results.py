@@ -501,7 +501,10 @@ def journal(place, what="end"):
 
 def start_sweep(arguments):
     command = [sys.executable, ROOT / "results" / "sweep.py", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which tests run in the background of a shell inherit as ignored
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
 
 
 def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys):
