@@ -72,8 +72,8 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
     ),
     "bullet/SafetyCarRun": (Behaviour(10.0, 100_000, 20, (1, 2, 3, 4, 5), BULLET),),
     "SafetyAntRun": (
-        Behaviour(15.0, 950_000, 38, (3, 4, 5, 6, 8, 16, 20, 22, 24, 28, 32, 36), ANT),
-        Behaviour(float("inf"), 600_000, 24, (10, 17), ANT),
+        Behaviour(15.0, 900_000, 36, (3, 4, 5, 6, 8, 16, 20, 22, 24, 28, 32, 36), ANT),
+        Behaviour(float("inf"), 425_000, 17, (10, 17), ANT),
     ),
 }
 
