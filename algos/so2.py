@@ -137,11 +137,11 @@ class Args:
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
-    kp: float = 0.002
+    kp: float = 0.02
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.0002
+    ki: float = 0.002
     """initial integral gain, per multiplier update"""
-    kd: float = 0.001
+    kd: float = 0.01
     """initial derivative gain"""
     reserve: float = 0.4
     """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
