@@ -89,6 +89,8 @@ class Args:
     """reward critics; the minimum counts"""
     actor_lr: float = 5e-4
     """Adam step size"""
+    anneal: bool = True
+    """let the actor's step size fall to zero as a cosine, so that policy and multiplier come to rest"""
     critic_lr: float = 5e-4
     """Adam step size, both critics"""
     temperature_lr: float = 5e-4
@@ -461,6 +463,13 @@ class Run(NamedTuple):
     roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
 
 
+def online_rates(args: Args) -> dict:
+    """Adam step sizes."""
+    steps = args.env_steps // (args.num_envs * args.steps_per_block) * args.updates_per_block
+    actor = optax.cosine_decay_schedule(args.actor_lr, steps) if args.anneal else args.actor_lr
+    return {"actor": actor, "critics": args.critic_lr, "log_alpha": args.temperature_lr}
+
+
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
 
 
@@ -495,7 +504,7 @@ def online_phase(run: Run) -> dict:
     """The only phase: steps, multiplier, gradient steps, in turn."""
     args, log, env = run.args, run.log, run.env
     evaluation_env = envs.make(env.name, args.backend)
-    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
+    fixed = build(args, env, online_rates(args))
     policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
     evaluated = lambda actor: partial(act, args, fixed.networks, actor)
     found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, evaluation_env, args.eval_episodes).means())
