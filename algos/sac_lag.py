@@ -99,8 +99,8 @@ class Args:
     """target entropy per action dimension, nats"""
     init_temperature: float = 0.1
     """alpha at the start, scaled reward per nat"""
-    reward_scale: float = 0.1
-    """factor on rewards before the critics see them (OSRL: 0.1)"""
+    reward_scale: float | None = None
+    """factor on rewards before the critics see them (default: the task's, mostly OSRL's 0.1)"""
     privileged_critic: bool = False
     """let the critics see what the cost depends on but the observation lacks (data collection only)"""
     termination_cost: float = 0.0
@@ -566,7 +566,7 @@ def replay_checkpoint(args: Args) -> None:
 def prepare(algo: str, args: Args) -> Run:
     """Environment and run folder."""
     env = envs.make(args.env, args.backend, privileged=args.privileged_critic)
-    args = replace(args, env=env.name)
+    args = replace(args, env=env.name, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))
     log = Logbook(algo, env.name, asdict(args), seeds)
     return Run(args, env, log, jax.vmap(jax.random.key)(jnp.array(seeds)))

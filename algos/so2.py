@@ -74,8 +74,8 @@ class Args:
     """hidden layers of actor and critics (release: 256)"""
     num_critics: int = 2
     """reward critics; the minimum counts"""
-    reward_scale: float = 0.1
-    """factor on rewards before the critics see them (OSRL: 0.1)"""
+    reward_scale: float | None = None
+    """factor on rewards before the critics see them (default: the task's, mostly OSRL's 0.1)"""
 
     offline: Literal["cpq", "bear_lag"] = "cpq"
     """phase 1: offline algorithm; bear_lag starts from the checkpoints of algos/bear_lag.py"""
@@ -829,7 +829,7 @@ def replay_checkpoint(args: Args) -> None:
 def prepare(algo: str, args: Args) -> Run:
     """Environment, dataset and run folder."""
     env = envs.make(args.env, args.backend)
-    args = replace(args, env=env.name)
+    args = replace(args, env=env.name, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))
     dataset, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
     flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)

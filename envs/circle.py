@@ -26,7 +26,7 @@ class Circle(Task):
     Cost: 1 beyond the walls, which stand at |x| = 1.125 m, on level 2 also at |y| = 1.125 m; they do not stop anybody.
     """
 
-    horizon, substeps = 500, 10
+    horizon, substeps, reward_scale = 500, 10, 1.0
     radius, wall, start = 1.5, 1.125, 0.8  # m
 
     def __init__(self, robot: Robot, level: int):

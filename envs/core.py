@@ -50,6 +50,7 @@ class Task:
     cost: str  # the cost in words, for listings
     forward: bool = True  # the reference evaluates sensors at the new state after the substeps
     tracked: str | None = None  # the body that Readings.dbody is about
+    reward_scale: float = 0.1  # what learners multiply rewards by: a step of a good policy is then worth 0.1 to 0.3
     touching: tuple[str, ...] | None = None  # geoms that can touch the floor, if nothing else ever touches (None: unknown)
 
     def model(self):
@@ -101,7 +102,7 @@ class Env:
 
     def __init__(self, task: Task, physics: Physics, backend: str, privileged: bool = False):
         self.task, self.physics, self.backend = task, physics, backend
-        self.name, self.horizon = task.name, task.horizon
+        self.name, self.horizon, self.reward_scale = task.name, task.horizon, task.reward_scale
         model = task.model()
         self.action_low, self.action_high = model.actuator_ctrlrange.T.astype("float32")
         self.action_size = int(model.nu)

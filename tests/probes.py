@@ -15,7 +15,7 @@ import envs
 class Probe:
     """Subclasses give `start` (key () -> physics, a dict), `observe` and `outcome` (both batched)."""
 
-    privileged_size = 0
+    privileged_size, reward_scale = 0, 0.1
 
     def __init__(self, horizon: int, obs_size: int, action_size: int = 1):
         self.name, self.horizon, self.obs_size, self.action_size = type(self).__name__, horizon, obs_size, action_size

@@ -338,7 +338,7 @@ def root_keys(seeds: int):
 def cpq_program(sizes: dict, ood_states: int, steps: int):
     """(program(learner, n), learner): `steps` steps of phase 1 of one seed, as algos/marvel.py runs them."""
     options = {"hidden": sizes["hidden"], "vae_hidden": (sizes["vae"],) * 2, "ood_actions": sizes["ood_actions"], "ood_states": ood_states}
-    args = marvel.Args(offline_batch_size=sizes["batch"], offline_critic_lr=1e-3, offline_actor_lr=1e-4, **options)
+    args = marvel.Args(reward_scale=0.1, offline_batch_size=sizes["batch"], offline_critic_lr=1e-3, offline_actor_lr=1e-4, **options)
     fixed = marvel.build(args, bare_env(sizes), {"actor": 1e-4, "critics": 1e-3, "vae": 1e-3, "log_dual": 1e-4})
     learn = partial(marvel.learn_offline, step=marvel.cpq_step, batch_size=sizes["batch"], steps=steps, fixed=fixed)
     learn = over_seeds(learn, (0, None, 0), donate_argnums=0)
@@ -349,7 +349,7 @@ def cpq_program(sizes: dict, ood_states: int, steps: int):
 
 def online_program(sizes: dict, seeds: int, steps: int):
     """(program((learner, multiplier, replay), n), its start): `steps` steps of phase 3 from a full replay of each seed."""
-    args = marvel.Args(hidden=sizes["hidden"], batch_size=sizes["batch"], updates_per_iter=steps)
+    args = marvel.Args(reward_scale=0.1, hidden=sizes["hidden"], batch_size=sizes["batch"], updates_per_iter=steps)
     fixed = marvel.build(args, bare_env(sizes), {"actor": 3e-5, "critics": 5e-4})
     roots, rows = root_keys(seeds), sizes["rows"]
     # One transition a repeat is inserted, so that inserting does not count.
