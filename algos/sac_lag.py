@@ -89,8 +89,8 @@ class Args:
     """reward critics; the minimum counts"""
     actor_lr: float = 5e-4
     """Adam step size"""
-    anneal: bool = True
-    """let the actor's step size fall to zero as a cosine, so that policy and multiplier come to rest"""
+    anneal: float = 0.4
+    """last share of the run over which the actor's step size falls to zero, so that policy and multiplier come to rest; 0: never"""
     critic_lr: float = 5e-4
     """Adam step size, both critics"""
     temperature_lr: float = 5e-4
@@ -466,7 +466,8 @@ class Run(NamedTuple):
 def online_rates(args: Args) -> dict:
     """Adam step sizes."""
     steps = args.env_steps // (args.num_envs * args.steps_per_block) * args.updates_per_block
-    actor = optax.cosine_decay_schedule(args.actor_lr, steps) if args.anneal else args.actor_lr
+    last = round(args.anneal * steps)
+    actor = optax.linear_schedule(args.actor_lr, 0.0, last, steps - last) if last else args.actor_lr
     return {"actor": actor, "critics": args.critic_lr, "log_alpha": args.temperature_lr}
 
 
@@ -576,6 +577,8 @@ def main(args: Args) -> None:
     logbook.check_numbers(args)
     if args.env_steps < args.num_envs * args.steps_per_block:
         raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
+    if args.anneal > 1:
+        raise logbook.BadInput(f"--anneal {args.anneal}: is a share of the run: must be at most 1")
     if args.eval:
         return replay_checkpoint(args)
     run = prepare("sac_lag", args)
