@@ -550,7 +550,7 @@ def test_dual_direction():
 def real_networks():
     """Marvel's own networks on 3 observations and 2 actions, and 48 transitions."""
     env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50)
-    args = marvel.Args(hidden=(16,), vae_hidden=(16,), ood_states=32, ood_actions=10, gamma=GAMMA)
+    args = marvel.Args(reward_scale=0.1, hidden=(16,), vae_hidden=(16,), ood_states=32, ood_actions=10, gamma=GAMMA)
     fixed = marvel.build(args, env, {})
     params = marvel.init_params(jax.random.key(0), fixed)
     # At their first values all actions are about as far out; stronger encoder weights tell them apart.
