@@ -56,7 +56,7 @@ COLUMNS = (
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight anchor_floor actor_warmup "
-    "reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds anneal".split()
+    "reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds".split()
 )
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))

@@ -89,8 +89,6 @@ class Args:
     """reward critics; the minimum counts"""
     actor_lr: float = 5e-4
     """Adam step size"""
-    anneal: float = 0.4
-    """last share of the run over which the actor's step size falls to zero, so that policy and multiplier come to rest; 0: never"""
     critic_lr: float = 5e-4
     """Adam step size, both critics"""
     temperature_lr: float = 5e-4
@@ -463,14 +461,6 @@ class Run(NamedTuple):
     roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
 
 
-def online_rates(args: Args) -> dict:
-    """Adam step sizes."""
-    steps = args.env_steps // (args.num_envs * args.steps_per_block) * args.updates_per_block
-    last = round(args.anneal * steps)
-    actor = optax.linear_schedule(args.actor_lr, 0.0, last, steps - last) if last else args.actor_lr
-    return {"actor": actor, "critics": args.critic_lr, "log_alpha": args.temperature_lr}
-
-
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
 
 
@@ -505,7 +495,7 @@ def online_phase(run: Run) -> dict:
     """The only phase: steps, multiplier, gradient steps, in turn."""
     args, log, env = run.args, run.log, run.env
     evaluation_env = envs.make(env.name, args.backend)
-    fixed = build(args, env, online_rates(args))
+    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
     policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
     evaluated = lambda actor: partial(act, args, fixed.networks, actor)
     found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, evaluation_env, args.eval_episodes).means())
@@ -577,8 +567,6 @@ def main(args: Args) -> None:
     logbook.check_numbers(args)
     if args.env_steps < args.num_envs * args.steps_per_block:
         raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
-    if args.anneal > 1:
-        raise logbook.BadInput(f"--anneal {args.anneal}: is a share of the run: must be at most 1")
     if args.eval:
         return replay_checkpoint(args)
     run = prepare("sac_lag", args)

@@ -16,7 +16,7 @@ from tests import probes
 from tests.test_maths import variant  # noqa: F401  (a fixture)
 
 ENV = SimpleNamespace(obs_size=3, action_size=2, horizon=10, name="none")
-SMALL = dict(hidden=(8,), gamma=0.9)
+SMALL = dict(hidden=(8,), gamma=0.9, reward_scale=0.1)
 
 
 def built(algo, **changes):

@@ -17,7 +17,6 @@ DIFFERENT = {  # (file, name): why its text differs from the siblings'
     ("sac_lag", "actor_loss"): "a learned temperature",
     ("sac_lag", "online_step"): "a learned temperature",
     ("sac_lag", "learn_online"): "episodes do not end all at once",
-    ("sac_lag", "online_rates"): "a temperature; blocks, not iterations",
     ("bc_safe", "build"): "no critics",
     ("bc_safe", "init_params"): "no critics",
     ("bc_safe", "start_phase"): "no critics",

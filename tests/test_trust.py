@@ -315,7 +315,6 @@ def cases():
     yield "sac_lag", "--num-envs 0", ("--num-envs",)
     yield "sac_lag", "--env-steps 10", ("--env-steps",)
     yield "sac_lag", "--actor-lr nan", ("--actor-lr",)
-    yield "sac_lag", "--anneal 2", ("--anneal", "at most 1")
     yield "marvel", "--reward-scale 0", ("--reward-scale",)
     yield "bc_safe", "--data some", ("--data", "frontier")
     yield "jsrl", "--stages 0", ("--stages",)
