@@ -108,7 +108,7 @@ class Swimmer(Velocity):
     """Three links in a viscous plane. Never terminates."""
 
     xml, substeps, threshold = "swimmer.xml", 4, 0.2282
-    control, unseen = 1e-4, 2
+    control, unseen, reward_scale = 1e-4, 2, 5.0
 
     @cache
     def model(self):
