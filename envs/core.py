@@ -50,7 +50,7 @@ class Task:
     cost: str  # the cost in words, for listings
     forward: bool = True  # the reference evaluates sensors at the new state after the substeps
     tracked: str | None = None  # the body that Readings.dbody is about
-    reward_scale: float = 0.1  # what learners multiply rewards by: a step of a good policy is then worth 0.1 to 0.3
+    reward_scale: float = 0.1  # what learners multiply rewards by: a step of a good policy is then worth about 0.1 to 0.3
     touching: tuple[str, ...] | None = None  # geoms that can touch the floor, if nothing else ever touches (None: unknown)
 
     def model(self):

@@ -80,6 +80,7 @@ def test_native_and_real_side_by_side(task, obs_error, reward_error):
     steps, in the genuine task too. The worker's simulator, given the same seed and actions, must repeat the roll-out exactly."""
     native = envs.make(task, "mujoco")
     real, reset, step = made(task)
+    assert real.reward_scale == native.reward_scale
     native_step = jax.jit(native.step)
     sim = compat.safety_gymnasium().make(native.task.reference_id, disable_env_checker=True)
     state, obs = reset(jax.random.split(jax.random.key(0), 1))
@@ -315,6 +316,7 @@ def test_every_family_and_robot_runs(kind, robot):
 
 def test_an_id_without_a_native_task_goes_to_the_package():
     env = envs.make("SafetyPointGoal1-v0")
+    assert env.reward_scale == 1.0
     assert (env.name, env.backend, env.horizon) == ("SafetyPointGoal1-v0", "safety-gymnasium", 1000)
     assert (env.obs_size, env.action_size, env.privileged_size) == (60, 2, 0)
     assert envs.make("SafetyPointRun0-v0").backend != "safety-gymnasium"

@@ -42,9 +42,9 @@ class ReferenceEnv:
     def __init__(self, name: str, backend: str, pool: Pool):
         self.name, self.backend, self._pool = name, backend, pool
         self.horizon, self.obs_size, self.action_size = (pool.about[k] for k in ("horizon", "obs_size", "action_size"))
-        # A step of these earns about a tenth of what one of Run or Velocity does.
-        navigation = not name.startswith("bullet/") and any(word in name for word in ("Goal", "Button", "Push", "Circle"))
-        self.reward_scale = 1.0 if navigation else 0.1
+        # Goal, Button and Push reward the metres moved towards the goal, Run sixty times these; Circle is as envs/circle.py.
+        small = not name.startswith(BULLET) and any(word in name for word in ("Goal", "Button", "Push", "Circle"))
+        self.reward_scale = envs.TASKS[name].reward_scale if name in envs.TASKS else 1.0 if small else 0.1
         self.action_high = np.ones(self.action_size, np.float32)
         self.action_low = -self.action_high
 
