@@ -32,7 +32,8 @@ def draw(folder: Path) -> Path:
     limit, dataset = config["config"]["cost_limit"], config["dataset"] or {}
     phases = [p for p in PHASES if any(r["phase"] == p for r in rows)]
     share = {"offline": 1.0, "vpa": 0.6, "online": 2.4}
-    clock = lambda r: r["env_steps"] if r["phase"] == "online" else r["gradient_steps"]
+    clock = lambda r: r["env_steps" if r["phase"] == "online" else "gradient_steps"] / 1000
+    evaluated = {"sample": "stochastic policy", "mean": "mean action"}[config["config"]["eval_policy"]]
     figure, axes = plt.subplots(
         3, len(phases), figsize=(10, 7), sharex="col", sharey="row", squeeze=False,
         width_ratios=[share[p] for p in phases], height_ratios=[3, 3, 1.5],
@@ -53,8 +54,7 @@ def draw(folder: Path) -> Path:
                     stacked = np.array(list(curves.values()))
                     axis.plot(stacked[0, :, 0], stacked[:, :, 1].mean(0), **style)
         axes[0, column].set_title({"offline": "offline CPQ", "vpa": "pre-alignment", "online": "online"}.get(phase, phase))
-        axes[-1, column].set_xlabel("environment steps" if phase == "online" else "gradient steps")
-        axes[-1, column].ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+        axes[-1, column].set_xlabel(f"thousand {'environment' if phase == 'online' else 'gradient'} steps")
         if dataset.get("safe_return_range"):
             axes[0, column].axhspan(*dataset["safe_return_range"], color="C2", alpha=0.12, lw=0)
             axes[0, column].axhline(dataset["safe_return_p90"], color="C2", lw=1, ls=":")
@@ -62,8 +62,8 @@ def draw(folder: Path) -> Path:
     for axis, label in zip(axes[:, 0], ("episode return", "episode cost", "multiplier")):
         axis.set_ylabel(label)
     handles = [
-        plt.Line2D([], [], color="C0", marker="o", ms=3, label="evaluation (mean action)"),
-        plt.Line2D([], [], color="C7", label="training episodes (stochastic)"),
+        plt.Line2D([], [], color="C0", marker="o", ms=3, label=f"evaluation ({evaluated})"),
+        plt.Line2D([], [], color="C7", label="training episodes (stochastic policy)"),
         plt.Line2D([], [], color="C3", ls="--", label=f"cost limit {limit:g}"),
     ]
     if dataset.get("safe_return_range"):
