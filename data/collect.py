@@ -54,6 +54,8 @@ ANT = (
 SEES = " --privileged-critic"
 # short episodes, learnt in a tenth of the steps
 BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"
+# slow simulators: few evaluations, which only the log needs
+GOAL = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 1 --ki 0.002 --eval-episodes 4"
 
 # Trained so far: PointCircle1 and SwimmerVelocity; the stages of the others are these two's.
 CIRCLE = (
@@ -81,6 +83,10 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(float("inf"), 40_000, 8, (1, 2, 3, 7), BULLET),
     ),
     "bullet/SafetyCarRun": (Behaviour(10.0, 100_000, 20, (1, 2, 3, 4, 5), BULLET),),
+    "SafetyPointGoal1-v0": (
+        Behaviour(15.0, 200_000, 16, (2, 4, 6, 8, 12, 16), GOAL),
+        Behaviour(float("inf"), 150_000, 6, (1, 2, 4, 6), GOAL),
+    ),
     **{f"Safety{robot}Circle{level}": CIRCLE for robot in ("Point", "Car", "Ant") for level in (1, 2)},
     **{f"Safety{robot}Velocity": VELOCITY for robot in ("Swimmer", "Hopper", "Walker2d", "Ant")},
     "SafetyAntRun": (
