@@ -55,7 +55,7 @@ SEES = " --privileged-critic"
 # short episodes, learnt in a tenth of the steps
 BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"
 # slow simulators: few evaluations, which only the log needs
-GOAL = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 1 --ki 0.002 --eval-episodes 4"
+GOAL = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 0.2 --ki 0.001 --eval-episodes 4"
 
 # Trained so far: PointCircle1 and SwimmerVelocity; the stages of the others are these two's.
 CIRCLE = (

@@ -316,7 +316,7 @@ def test_every_family_and_robot_runs(kind, robot):
 
 def test_an_id_without_a_native_task_goes_to_the_package():
     env = envs.make("SafetyPointGoal1-v0")
-    assert env.reward_scale == 1.0
+    assert env.reward_scale == 5.0
     assert (env.name, env.backend, env.horizon) == ("SafetyPointGoal1-v0", "safety-gymnasium", 1000)
     assert (env.obs_size, env.action_size, env.privileged_size) == (60, 2, 0)
     assert envs.make("SafetyPointRun0-v0").backend != "safety-gymnasium"
