@@ -17,10 +17,11 @@ Units: critics see reward * reward_scale and raw cost, so lambda counts scaled r
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: (1) symlog observations and LayerNorm critics; (2) the multiplier moves once per batch of newly ended episodes,
-never twice on the same costs; (3) --privileged-critic shows the critics what the cost depends on but the observation lacks
-(data collection only: the policy never sees it); (4) --termination-cost charges dying, likewise for data collection; (5) lambda
-is bounded by about the scaled reward of a step of running: beyond that standing still is best, and a policy whose first episodes
-are unsafe never learns to move (PointRun, bound 10: return -4 after 250,000 steps, seeds 0 to 2).
+never twice on the same costs; (3) the critics, never the policy, see what the cost depends on but the observation lacks (Run's
+x): without it the one-step targets of Qc say nothing of where a heading leads, and PointRun does not become safe; the other
+algorithms' critics do without, so a comparison favours this file; (4) --termination-cost charges dying (data collection);
+(5) lambda rises slowly, by fixed gains: if it exceeds the scaled reward of a step of running before the policy has learnt to run,
+standing still is best, and stays so (PointRun, adaptive gains from kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2).
 """
 
 import math
@@ -99,26 +100,26 @@ class Args:
     """alpha at the start, scaled reward per nat"""
     reward_scale: float | None = None
     """factor on rewards before the critics see them (default: the task's, mostly OSRL's 0.1)"""
-    privileged_critic: bool = False
-    """let the critics see what the cost depends on but the observation lacks (data collection only)"""
+    privileged_critic: bool = True
+    """let the critics see what the cost depends on but the observation lacks (Run: x)"""
     termination_cost: float = 0.0
     """cost that the critic, not the log, charges a terminal step: dying must not be a way to be safe (data collection)"""
 
-    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
+    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "pid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs"""
     episodes_per_iter: int = 5
     """episodes per update of the multiplier (Marvel: 5)"""
-    kp: float = 0.001
+    kp: float = 0.0001
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.0001
+    ki: float = 0.00003
     """integral gain per multiplier update"""
-    kd: float = 0.001
+    kd: float = 0.0
     """initial derivative gain"""
     reserve: float = 0.4
     """share of cost_limit that the controller aims to leave unused: what is at the limit on average is above it half of the time"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
-    max_multiplier: float = 0.2
+    max_multiplier: float = 2.0
     """upper bound of the integral and of lambda"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
