@@ -9,10 +9,30 @@ Episodes restart by themselves: `transition.next_obs` is the observation that th
 `transition.obs` is the one to act on next (the first of a new episode where the old one ended).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+
+
+def on_host(function: Callable, shapes: Any, *args: jax.Array) -> Any:
+    """`function(*NumPy arrays)`, which returns arrays of `shapes`, as part of a JAX program; vmap adds axes in front.
+
+    On a CPU the function reads XLA's own buffers. `jax.pure_callback` copies those above 100 kB in XLA's thread pool, in which
+    the callback itself runs: where the pool has one thread, because the process has one core, each waits for the other forever.
+    """
+    if jax.default_backend() != "cpu":
+        host = lambda *args: function(*map(np.asarray, args))
+        return jax.pure_callback(host, shapes, *args, vmap_method="broadcast_all")
+
+    def host(_, out, *args):
+        for target, value in zip(jax.tree.leaves(out), jax.tree.leaves(function(*map(np.asarray, args))), strict=True):
+            np.asarray(target)[...] = value
+
+    return buffer_callback(host, shapes, vmap_method="broadcast_all")(*args)
 
 
 class Readings(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs.core import Readings
+from envs.core import Readings, on_host
 
 STATE = int(
     mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco.mjtState.mjSTATE_ACT | mujoco.mjtState.mjSTATE_WARMSTART
@@ -63,13 +63,11 @@ class MujocoPhysics:
             jax.ShapeDtypeStruct((*batch, 2 * self.state_size), jnp.uint32),
             jax.ShapeDtypeStruct((*batch, sum(self.sizes)), jnp.float32),
         )
-        host = partial(self._on_host, rows)
-        bits, readings = jax.pure_callback(host, out, *args, vmap_method="broadcast_all")
+        bits, readings = on_host(partial(self._on_host, rows), out, *args)
         return bits, Readings(*jnp.split(readings, np.cumsum(self.sizes)[:-1], axis=-1))
 
     def _on_host(self, rows, *args):
         """Runs `rows(workspace, slice, states, readings, *args)` over slices of the rows, spread over the workers."""
-        args = [np.asarray(a) for a in args]
         # vmap adds axes in front; the last axis of the first argument is never a batch axis.
         batch = args[0].shape[:-1]
         args = [a.reshape(-1, *a.shape[len(batch) :]) for a in args]

@@ -449,3 +449,30 @@ def test_privileged_observations_append_x_where_the_cost_depends_on_it():
         np.testing.assert_array_equal(more_transition.obs[:, 12], x)
     assert np.asarray(transition.truncated).tolist() == [True, False, False]
     assert np.asarray(more_transition.next_obs != more_transition.obs)[:, 12].tolist() == [True, False, False]
+
+
+def test_host_functions_see_numpy_arrays_and_batches_in_front():
+    """Under jit, vmap and scan; what the function raises reaches the caller."""
+
+    def host(x, n):
+        assert type(x) is type(n) is np.ndarray
+        if n.max() > 9:
+            raise ValueError("too many")
+        return x.sum(-1), n + 1
+
+    def roll(x, n):
+        shapes = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+
+        def step(carry, _):
+            x, n = carry
+            total, n = core.on_host(host, shapes, x, n)
+            return (x + 1, n), total
+
+        return jax.lax.scan(step, (x, n), None, length=2)
+
+    x, n = jnp.arange(6.0).reshape(2, 3), jnp.array([3, 4])
+    (_, after), totals = jax.jit(jax.vmap(roll))(x, n)
+    assert after.tolist() == [5, 6] and totals.tolist() == [[3.0, 6.0], [12.0, 15.0]]
+    assert roll(x[1], n[1])[1].tolist() == [12.0, 15.0]
+    with pytest.raises(Exception, match="too many"):
+        jax.block_until_ready(jax.jit(roll)(x[0], jnp.int32(10)))

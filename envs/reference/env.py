@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
-from envs.core import Transition, batched
+from envs.core import Transition, batched, on_host
 from envs.reference import BACKEND, BULLET
 from envs.reference.pool import Pool, WorkerError
 
@@ -55,7 +55,7 @@ class ReferenceEnv:
             key = jax.random.wrap_key_data(key)
         seed, later = _draw(key)
         shape = jax.ShapeDtypeStruct((*key.shape, self.obs_size), jnp.float32)
-        obs = jax.pure_callback(self._reset_on_host, shape, seed, vmap_method="broadcast_all")
+        obs = on_host(self._reset_on_host, shape, seed)
         zero = jnp.zeros(key.shape, jnp.int32)
         return HistoryState(seed, jnp.zeros((*key.shape, self.horizon, self.action_size)), zero, zero, later), obs
 
@@ -67,10 +67,9 @@ class ReferenceEnv:
         vector, scalar = jax.ShapeDtypeStruct((*t.shape, self.obs_size), jnp.float32), jax.ShapeDtypeStruct(t.shape, jnp.float32)
         shapes = (jax.ShapeDtypeStruct((*t.shape, self.action_size), jnp.float32), vector, vector, *[scalar] * 4)
         # The action comes back because XLA may compute it once for the callback and, not bit by bit the same, for the history.
-        action, obs, next_obs, reward, cost, terminated, truncated = jax.pure_callback(
-            self._step_on_host, shapes, state.seed, state.actions, state.n, jnp.clip(action, -1.0, 1.0), last, next_seed,
-            vmap_method="broadcast_all",
-        )  # fmt: skip
+        action, obs, next_obs, reward, cost, terminated, truncated = on_host(
+            self._step_on_host, shapes, state.seed, state.actions, state.n, jnp.clip(action, -1.0, 1.0), last, next_seed
+        )
         terminated, truncated = terminated > 0, truncated > 0
         done = terminated | truncated
         now = jnp.arange(self.horizon) == state.n[..., None]
@@ -84,11 +83,9 @@ class ReferenceEnv:
         return state, Transition(obs, next_obs, reward, cost, terminated, truncated)
 
     def _reset_on_host(self, seed):
-        seed = np.asarray(seed)
         return self._pool.reset(seed.ravel()).reshape((*seed.shape, self.obs_size))
 
     def _step_on_host(self, *args):
-        args = [np.asarray(a) for a in args]
         batch = args[0].shape
         rows = [a.reshape((-1, *a.shape[len(batch) :])) for a in args]
         out = (rows[3].astype(np.float32), *self._pool.step(*rows))
