@@ -89,7 +89,7 @@ class Args:
     num_critics: int = 2
     """reward critics; the minimum counts"""
     actor_lr: float = 5e-4
-    """Adam step size"""
+    """Adam step size, falling to zero as a cosine"""
     critic_lr: float = 5e-4
     """Adam step size, both critics"""
     temperature_lr: float = 5e-4
@@ -111,7 +111,7 @@ class Args:
     """episodes per update of the multiplier (Marvel: 5)"""
     kp: float = 0.0001
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.00003
+    ki: float = 0.0001
     """integral gain per multiplier update"""
     kd: float = 0.0
     """initial derivative gain"""
@@ -496,15 +496,16 @@ def online_phase(run: Run) -> dict:
     """The only phase: steps, multiplier, gradient steps, in turn."""
     args, log, env = run.args, run.log, run.env
     evaluation_env = envs.make(env.name, args.backend)
-    fixed = build(args, env, {"actor": args.actor_lr, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
+    per_block = args.num_envs * args.steps_per_block
+    blocks = args.env_steps // per_block
+    falling = optax.cosine_decay_schedule(args.actor_lr, blocks * args.updates_per_block)
+    fixed = build(args, env, {"actor": falling, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
     policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
     evaluated = lambda actor: partial(act, args, fixed.networks, actor)
     found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, evaluation_env, args.eval_episodes).means())
     gather = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, args.steps_per_block))
     learn = over_seeds(partial(learn_online, fixed=fixed), donate_argnums=(0, 2))
 
-    per_block = args.num_envs * args.steps_per_block
-    blocks = args.env_steps // per_block
     capacity = min(max(1, args.buffer_size // per_block), blocks) * per_block
     seen, zeros = env.obs_size + env.privileged_size, lambda *shape: jnp.zeros((capacity, *shape))
     empty = lambda: Replay(Batch(zeros(seen), zeros(env.action_size), zeros(), zeros(), zeros(seen), zeros()), jnp.int32(0))
