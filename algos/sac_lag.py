@@ -67,7 +67,7 @@ class Args:
     checkpoint_seconds: float = 60.0
     """least time between two saves of the whole state, s"""
 
-    env_steps: int = 250_000
+    env_steps: int = 500_000
     """online steps per seed, over all environments"""
     num_envs: int = 5
     """parallel environments per seed"""
@@ -111,7 +111,7 @@ class Args:
     """episodes per update of the multiplier (Marvel: 5)"""
     kp: float = 0.0001
     """initial proportional gain, lambda per unit of episode cost"""
-    ki: float = 0.0001
+    ki: float = 0.00003
     """integral gain per multiplier update"""
     kd: float = 0.0
     """initial derivative gain"""
