@@ -19,7 +19,8 @@ INTRODUCTION = """# Datasets
 Made by `python -m data.collect --env ENV` from the behaviour policies in `policies/`; this page by `python -m data.report`.
 The policies are from-scratch SAC-Lagrangian (`algos/sac_lag.py`) at several cost limits and training stages, listed in
 `data/collect.py`; their critics, never the policies, saw the x that Run's observation lacks. Rollouts are stochastic and
-the same for the same key on the same machine. Retraining (`--train`) gives policies of the same kind, not the same bits.
+the same for the same key on the same machine. Retraining (`--train`) does not give the same bits; the kept
+policies, PointGoal1's included, were trained with a constant step size, where `algos/sac_lag.py` now lets it fall to zero.
 Observations are rounded to 14 bits of mantissa (a relative 3e-5) to keep each file below 20 MB. `--transitions N` makes a larger one.
 Of SafetyPointGoal1-v0 the policies are kept, the dataset is not: `python -m data.collect --env SafetyPointGoal1-v0 --transitions 60000`.
 
