@@ -68,13 +68,13 @@ class Args:
     checkpoint_seconds: float = 60.0
     """least time between two saves of the whole state, s"""
 
-    env_steps: int = 500_000
+    env_steps: int = 400_000
     """online steps per seed, over all environments"""
     num_envs: int = 5
     """parallel environments per seed"""
     steps_per_block: int = 50
     """steps in each environment between two rounds of gradient steps"""
-    updates_per_block: int = 64
+    updates_per_block: int = 48
     """gradient steps per block"""
     buffer_size: int = 1_000_000
     """replay capacity, transitions"""
