@@ -175,7 +175,19 @@ def measure(name: str, args: Args) -> dict:
     return row
 
 
+def write(path: Path, rows: dict[str, dict]) -> None:
+    """The table, tasks in their usual order."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(next(reversed(rows.values()))), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in envs.TASKS if name in rows)
+
+
 def main(args: Args) -> None:
+    kept = {}
+    if args.tasks and args.out.exists():
+        with open(args.out, newline="") as file:
+            kept = {row["task"]: row for row in csv.DictReader(file)}
     columns = ("task", "steps/s", "physics alone", "outside physics", "gymnasium", "times", "reference *", "times")
     form = "{:28s}{:>10}{:>15}{:>17}{:>11}{:>8}{:>13}{:>8}"
     print(f"{args.num_envs} environments, {args.steps} steps, median of {args.repeats}; {jax.devices()[0].platform}\n")
@@ -185,6 +197,7 @@ def main(args: Args) -> None:
         row = rows[name] = measure(name, args)
         task, _, _, whole, alone, share, *others, _ = row.values()
         print(form.format(task, f"{whole:,}", f"{alone:,}", f"{share:.1%}", *(x or "-" for x in others)), flush=True)
+        write(args.out, kept | rows)  # as they come: the table takes ten minutes
     where = "measured in this run" if args.reference else "measured elsewhere (another 2-core machine)"
     print(f"\n* safety-gymnasium 1.0.0, one environment, with resets; {where}")
     for name, row in rows.items():
@@ -192,15 +205,6 @@ def main(args: Args) -> None:
         times = row[f"times_{other}"]
         if times and times < WANTED[other]:
             print(f"{name} is {times} times as fast as {other}, not {WANTED[other]}")
-
-    columns = list(row)
-    if args.tasks and args.out.exists():
-        with open(args.out, newline="") as file:
-            rows = {row["task"]: row for row in csv.DictReader(file)} | rows
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in envs.TASKS if name in rows)
 
 
 if __name__ == "__main__":
