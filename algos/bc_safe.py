@@ -92,14 +92,15 @@ class Args:
 
 
 class Actor(nn.Module):
-    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh."""
+    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh. Blind to what follows o."""
 
     hidden: tuple[int, ...]
+    obs_size: int
     action_size: int
 
     @nn.compact
     def __call__(self, obs):
-        x = symlog(obs)
+        x = symlog(obs[..., : self.obs_size])
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
         mean, raw = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
@@ -125,7 +126,7 @@ class Fixed(NamedTuple):
 
 def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
     """Networks of a configuration and one Adam per entry of `rates`."""
-    networks = {"actor": Actor(args.hidden, env.action_size)}
+    networks = {"actor": Actor(args.hidden, env.obs_size, env.action_size)}
     return Fixed(args, env, networks, {name: optax.adam(rate) for name, rate in rates.items()})
 
 
@@ -353,7 +354,7 @@ def replay_checkpoint(args: Args) -> None:
     if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
         raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
     env = envs.make(meta["env"], args.backend)
-    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.action_size)}
+    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size)}
     template = jax.eval_shape(networks["actor"].init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = partial(act, args, networks, logbook.restore(template, arrays, str(args.eval), "actor/"))
     key = jax.random.key(args.seed)

@@ -78,6 +78,8 @@ class Args:
     """reward critics; the minimum counts"""
     reward_scale: float | None = None
     """factor on rewards before the critics see them (default: the task's, mostly OSRL's 0.1)"""
+    termination_cost: float = 0.0
+    """cost that the critic, not the log, charges a terminal step: dying must not be a way to be safe"""
 
     offline_steps: int = 10_000
     """phase 1: CPQ gradient steps (OSRL: 100,000)"""
@@ -128,14 +130,15 @@ class Args:
 
 
 class Actor(nn.Module):
-    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh."""
+    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh. Blind to what follows o."""
 
     hidden: tuple[int, ...]
+    obs_size: int
     action_size: int
 
     @nn.compact
     def __call__(self, obs):
-        x = symlog(obs)
+        x = symlog(obs[..., : self.obs_size])
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
         mean, raw = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
@@ -143,9 +146,10 @@ class Actor(nn.Module):
 
 
 class VAE(nn.Module):
-    """Conditional VAE of the dataset's actions; latent size 2 * action_size."""
+    """Conditional VAE of the dataset's actions; latent size 2 * action_size. Sees what the actor sees."""
 
     hidden: tuple[int, ...]
+    obs_size: int
     action_size: int
 
     def setup(self):
@@ -154,7 +158,7 @@ class VAE(nn.Module):
 
     def encode(self, obs, action):
         """Mean and log standard deviation (..., 2a) of z."""
-        x = jnp.concatenate([symlog(obs), action], -1)
+        x = jnp.concatenate([symlog(obs[..., : self.obs_size]), action], -1)
         for layer in self.encoder[:-1]:
             x = nn.relu(layer(x))
         mean, log_std = jnp.split(self.encoder[-1](x), 2, -1)
@@ -162,7 +166,7 @@ class VAE(nn.Module):
 
     def decode(self, obs, z):
         """The action (..., a) of latent z."""
-        x = jnp.concatenate([symlog(obs), z], -1)
+        x = jnp.concatenate([symlog(obs[..., : self.obs_size]), z], -1)
         for layer in self.decoder[:-1]:
             x = nn.relu(layer(x))
         return jnp.tanh(self.decoder[-1](x))
@@ -193,10 +197,10 @@ class Fixed(NamedTuple):
 def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
     """Networks of a configuration and one Adam per entry of `rates`."""
     networks = {
-        "actor": Actor(args.hidden, env.action_size),
+        "actor": Actor(args.hidden, env.obs_size, env.action_size),
         "reward": Ensemble(args.num_critics, args.hidden),
         "cost": Ensemble(1, args.hidden),
-        "vae": VAE(args.vae_hidden, env.action_size),
+        "vae": VAE(args.vae_hidden, env.obs_size, env.action_size),
     }
     return Fixed(args, env, networks, {name: optax.adam(rate) for name, rate in rates.items()})
 
@@ -204,10 +208,11 @@ def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
 def init_params(key, fixed: Fixed) -> dict:
     keys = jax.random.split(key, 4)
     obs, action = jnp.zeros(fixed.env.obs_size), jnp.zeros(fixed.env.action_size)
+    seen = jnp.zeros(fixed.env.obs_size + fixed.env.privileged_size)
     init = lambda name, key, *inputs: fixed.networks[name].init(key, *inputs)
     return {
         "actor": init("actor", keys[0], obs),
-        "critics": {"reward": init("reward", keys[1], obs, action), "cost": init("cost", keys[2], obs, action)},
+        "critics": {"reward": init("reward", keys[1], seen, action), "cost": init("cost", keys[2], seen, action)},
         "vae": init("vae", keys[3], obs, action, keys[3]),
         "log_duals": jnp.log(jnp.array(fixed.args.init_duals)),
     }
@@ -280,8 +285,9 @@ def bear_critic_loss(critics, params: dict, targets, batch, key, fixed: Fixed):
     next_q = jnp.max(args.minimum_weight * jnp.min(next_qs, 0) + (1 - args.minimum_weight) * jnp.max(next_qs, 0), 0)
     next_qc = jnp.mean(networks["cost"].apply(targets["cost"], next_obs, action)[0], 0)
     alive = args.gamma * (1.0 - batch.terminated)
+    cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
-    cost_target = jax.lax.stop_gradient(batch.cost + alive * jnp.clip(next_qc, 0.0, 1.0 / (1.0 - args.gamma)))
+    cost_target = jax.lax.stop_gradient(cost + alive * jnp.clip(next_qc, 0.0, 1.0 / (1.0 - args.gamma)))
     q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
     qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
     chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
@@ -418,7 +424,7 @@ class Run(NamedTuple):
 STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
 CHUNK = 500  # gradient steps of phases 1 and 2 between two rows of progress.csv
 OFFLINE_FIELDS = (
-    "env cost_limit gamma tau hidden num_critics reward_scale offline_steps offline_batch_size offline_actor_lr "
+    "env cost_limit gamma tau hidden num_critics reward_scale termination_cost offline_steps offline_batch_size offline_actor_lr "
     "offline_critic_lr dual_lr vae_hidden vae_beta mmd_samples mmd_sigma mmd_limit minimum_weight init_duals "
     "offline_max_multiplier offline_evals eval_episodes final_eval_rounds eval_policy"
 ).split()
@@ -511,7 +517,7 @@ def replay_checkpoint(args: Args) -> None:
     if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
         raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
     env = envs.make(meta["env"], args.backend)
-    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.action_size)}
+    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size)}
     template = jax.eval_shape(networks["actor"].init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = partial(act, args, networks, logbook.restore(template, arrays, str(args.eval), "actor/"))
     key = jax.random.key(args.seed)
@@ -528,6 +534,9 @@ def prepare(algo: str, args: Args) -> Run:
     args = replace(args, env=env.name, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))
     dataset, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
+    if dataset.privileged is not None:
+        env = envs.make(args.env, args.backend, privileged=True)
+        dataset = dsrl.widened(dataset, env.privileged_size)
     flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(dataset, args.cost_limit))

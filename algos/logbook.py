@@ -30,7 +30,6 @@ import time
 import zlib
 from pathlib import Path
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from algos import curves
 from data import dsrl
-from envs import UnknownName
+from envs import TASKS, UnknownName
 from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +70,17 @@ class AllDiverged(RuntimeError):
     """No seed is left to train."""
 
 
-def parse(args_class, words: list[str] | None = None):
-    """`args_class` from the command line (or `words`); BadInput with tyro's message on one line."""
+def parse(args_class, words: list[str] | None = None, tuned: dict[str, dict] | None = None):
+    """`args_class` from the command line (or `words`), its defaults those `tuned` for the task; BadInput with
+    tyro's message on one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_class, args=words)
+            args = tyro.cli(args_class, args=words)
+            for name, values in (tuned or {}).items():
+                if args.env in (name, TASKS[name].reference_id):
+                    return tyro.cli(args_class, args=words, default=dataclasses.replace(args_class(), **values))
+            return args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -85,13 +89,13 @@ def parse(args_class, words: list[str] | None = None):
         raise BadInput(said.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
 
 
-def command(main, args_class, words: list[str] | None = None) -> None:
+def command(main, args_class, words: list[str] | None = None, tuned: dict[str, dict] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
     Exit code 2 for bad input, before anything is written; 1 if the disk is full or every seed diverged.
     """
     try:
-        main(parse(args_class, words))
+        main(parse(args_class, words, tuned))
     except (BadInput, UnknownName, RenderError, dsrl.DatasetError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:

@@ -155,14 +155,15 @@ class Args:
 
 
 class Actor(nn.Module):
-    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh."""
+    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh. Blind to what follows o."""
 
     hidden: tuple[int, ...]
+    obs_size: int
     action_size: int
 
     @nn.compact
     def __call__(self, obs):
-        x = symlog(obs)
+        x = symlog(obs[..., : self.obs_size])
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
         mean, raw = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
@@ -189,7 +190,7 @@ class Fixed(NamedTuple):
 def build(args: Args, env: envs.Env, rates: dict) -> Fixed:
     """Networks of a configuration and one Adam per entry of `rates`."""
     networks = {
-        "actor": Actor(args.hidden, env.action_size),
+        "actor": Actor(args.hidden, env.obs_size, env.action_size),
         "reward": Ensemble(args.num_critics, args.hidden),
         "cost": Ensemble(1, args.hidden),
     }
@@ -286,13 +287,14 @@ def update_multiplier(m: Multiplier, cost, args: Args) -> Multiplier:
 def critic_loss(critics, params: dict, targets, batch, key, fixed: Fixed):
     """Soft Bellman errors of both critics under the policy."""
     args, networks = fixed.args, fixed.networks
-    action, log_prob = sample_action(key, *networks["actor"].apply(params["actor"], batch.next_obs[..., : fixed.env.obs_size]))
+    action, log_prob = sample_action(key, *networks["actor"].apply(params["actor"], batch.next_obs))
     entropy_bonus = -jnp.exp(params["log_alpha"]) * log_prob
     next_q = jnp.min(networks["reward"].apply(targets["reward"], batch.next_obs, action), 0) + entropy_bonus
     next_qc = networks["cost"].apply(targets["cost"], batch.next_obs, action)[0]
     alive = args.gamma * (1.0 - batch.terminated)
+    cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
-    cost_target = jax.lax.stop_gradient(batch.cost + alive * next_qc)
+    cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
     q = networks["reward"].apply(critics["reward"], batch.obs, batch.action)
     qc = networks["cost"].apply(critics["cost"], batch.obs, batch.action)[0]
     chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
@@ -304,7 +306,7 @@ def critic_loss(critics, params: dict, targets, batch, key, fixed: Fixed):
 def actor_loss(actor, params: dict, multiplier, batch, key, fixed: Fixed):
     """-(min_i Q_i - lambda Qc - alpha log pi) of the policy's own actions."""
     networks = fixed.networks
-    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs[..., : fixed.env.obs_size]))
+    action, log_prob = sample_action(key, *networks["actor"].apply(actor, batch.obs))
     q = jnp.min(networks["reward"].apply(params["critics"]["reward"], batch.obs, action), 0)
     qc = networks["cost"].apply(params["critics"]["cost"], batch.obs, action)[0]
     loss = jnp.mean(jnp.exp(params["log_alpha"]) * log_prob - q + multiplier * qc)
@@ -434,7 +436,6 @@ def online_step(learner: Learner, multiplier, batch: Batch, key, fixed: Fixed):
 def learn_online(learner, multiplier: Multiplier, replay: Replay, pending: Episodes, new: Batch, ended: Episodes, key, fixed: Fixed):
     """Inserts what was collected, moves the multiplier if enough episodes have ended, takes `updates_per_block` steps."""
     args = fixed.args
-    new = new._replace(cost=new.cost + args.termination_cost * new.terminated)
     replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
     pending = jax.tree.map(jnp.add, pending, ended)
     due = pending.number >= args.episodes_per_iter
@@ -496,14 +497,13 @@ def spread(blocks: int, n: int) -> set[int]:
 def online_phase(run: Run) -> dict:
     """The only phase: steps, multiplier, gradient steps, in turn."""
     args, log, env = run.args, run.log, run.env
-    evaluation_env = envs.make(env.name, args.backend)
     per_block = args.num_envs * args.steps_per_block
     blocks = args.env_steps // per_block
     falling = optax.cosine_decay_schedule(args.actor_lr, blocks * args.updates_per_block)
     fixed = build(args, env, {"actor": falling, "critics": args.critic_lr, "log_alpha": args.temperature_lr})
-    policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs[..., : env.obs_size]))[0]
+    policy = lambda actor, obs, key: sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
     evaluated = lambda actor: partial(act, args, fixed.networks, actor)
-    found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, evaluation_env, args.eval_episodes).means())
+    found = over_seeds(lambda actor, key: evaluate(evaluated(actor), key, env, args.eval_episodes).means())
     gather = over_seeds(lambda actor, actors, key: collect(actors, partial(policy, actor), key, env, args.steps_per_block))
     learn = over_seeds(partial(learn_online, fixed=fixed), donate_argnums=(0, 2))
 
@@ -546,7 +546,7 @@ def replay_checkpoint(args: Args) -> None:
     if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
         raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
     env = envs.make(meta["env"], args.backend)
-    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.action_size)}
+    networks = {"actor": Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size)}
     template = jax.eval_shape(networks["actor"].init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = partial(act, args, networks, logbook.restore(template, arrays, str(args.eval), "actor/"))
     key = jax.random.key(args.seed)

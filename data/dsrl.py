@@ -7,6 +7,9 @@ A file holds seven flat arrays over N transitions in time order, trajectory afte
     rewards, costs                   (N,)         per step, raw; costs >= 0
     terminals, timeouts              (N,)         0/1; a trajectory ends on the row where either is set
 
+This suite's own files may hold two more, which DSRL does not know: `privileged` and `next_privileged` (N, k), what the cost
+depends on but the observations lack (Run: x), for critics only.
+
 Every failure is one `DatasetError`: a single line with the file, what is wrong with it, and the mend.
 """
 
@@ -50,6 +53,8 @@ class Dataset(NamedTuple):
     costs: np.ndarray  # (N,), >= 0
     terminals: np.ndarray  # (N,) bool; the task ended: do not bootstrap
     timeouts: np.ndarray  # (N,) bool; cut off by the time limit: bootstrap
+    privileged: np.ndarray | None = None  # (N, k) float32
+    next_privileged: np.ndarray | None = None  # (N, k) float32
 
 
 class Episodes(NamedTuple):
@@ -63,11 +68,13 @@ class Episodes(NamedTuple):
     lengths: np.ndarray  # (E,) int64, transitions
 
 
-_MATRICES = ("observations", "next_observations", "actions")
+_OPTIONAL = ("privileged", "next_privileged")
+_REQUIRED = tuple(key for key in Dataset._fields if key not in _OPTIONAL)
+MATRICES = ("observations", "next_observations", "actions", *_OPTIONAL)
 _FLAGS = ("terminals", "timeouts")
 # Accepted numpy kinds (float, int, unsigned, bool). Costs are often 0/1 indicators, so integers are no loss there;
 # integer observations or actions are another task's encoding.
-_KINDS = {key: "f" if key in _MATRICES else "fiub" for key in Dataset._fields}
+_KINDS = {key: "f" if key in MATRICES else "fiub" for key in Dataset._fields}
 
 
 def _error(path: Path, wrong: str, mend: str) -> DatasetError:
@@ -110,11 +117,12 @@ def _stored(value: Any) -> Any:
 
 def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None, np.dtype]]) -> None:
     """Checks keys, dtypes and shapes; needs no data, so nothing of a damaged file's claimed size is allocated."""
-    missing = [key for key in Dataset._fields if key not in layout]
+    wanted = Dataset._fields if any(key in layout for key in _OPTIONAL) else _REQUIRED
+    missing = [key for key in wanted if key not in layout]
     if missing:
         raise _error(path, f"missing {', '.join(missing)}", "add them as top-level arrays, or use a DSRL file")
     for key, (shape, dtype) in layout.items():
-        matrix = key in _MATRICES
+        matrix = key in MATRICES
         if dtype.kind not in _KINDS[key]:
             raise _error(path, f"{key} have dtype {dtype}", f"store them as {'bool' if key in _FLAGS else 'float32'}")
         # Some published files keep the 1-D columns as (N, 1). shape is None for HDF5's null dataspace.
@@ -126,17 +134,17 @@ def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None,
         raise _error(path, f"lengths differ: {found}", "export the file again, one row per transition in each")
     if not lengths["observations"]:
         raise _error(path, "zero transitions", "collect the dataset again, or download it again")
-    sizes = [layout[key][0][1] for key in ("observations", "next_observations")]
-    if sizes[0] != sizes[1]:
-        wrong = f"observations have {sizes[0]} columns but next_observations {sizes[1]}"
-        raise _error(path, wrong, "export both from one task")
+    for key in {"observations", "privileged"} & layout.keys():
+        sizes = [layout[k][0][1] for k in (key, f"next_{key}")]
+        if sizes[0] != sizes[1]:
+            raise _error(path, f"{key} have {sizes[0]} columns but next_{key} {sizes[1]}", "export both from one task")
 
 
 def _clean(path: Path, arrays: Mapping[str, np.ndarray], clip_actions: bool = False) -> Dataset:
     """Checks the values and converts to Dataset's shapes and dtypes."""
     columns = {}
-    for key in Dataset._fields:
-        column = arrays[key] if key in _MATRICES else arrays[key].reshape(-1)
+    for key in arrays:
+        column = arrays[key] if key in MATRICES else arrays[key].reshape(-1)
         with np.errstate(all="ignore"):  # float64 beyond float32's range becomes inf, reported just below
             number = column.astype(np.float32)
         bad = ~np.isfinite(number)
@@ -218,7 +226,7 @@ def load(
         wrong = f"declares {declared} bytes of arrays, more than the file can hold"
         raise _error(path, wrong, "the file is damaged: download it again")
     with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
-        arrays = {key: file[key][()] for key in Dataset._fields}
+        arrays = {key: file[key][()] for key in layout}
     return _clean(path, arrays, clip_actions), attributes | {"path": str(path), "sha256": sha256(path)}
 
 
@@ -235,7 +243,7 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
       DatasetError: the dataset would not load again; nothing is written.
     """
     path = Path(path)
-    arrays = {key: np.asarray(value) for key, value in dataset._asdict().items()}
+    arrays = {key: np.asarray(value) for key, value in dataset._asdict().items() if value is not None}
     _check_layout(path, {key: (value.shape, value.dtype) for key, value in arrays.items()})
     dataset = _clean(path, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +251,8 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
     try:
         # v110 (any HDF5 since 2016 reads it) checksums the metadata, as gzip does the data: damage is refused.
         with h5py.File(part, "w", libver=("v110", "v110")) as file:
-            for key, value in dataset._asdict().items():
+            for key in arrays:
+                value = getattr(dataset, key)
                 rows = max(1, CHUNK_BYTES // value[0].nbytes)
                 chunks = (min(rows, len(value)), *value.shape[1:])
                 file.create_dataset(key, data=value, chunks=chunks, compression="gzip", shuffle=True, track_times=False)
@@ -273,6 +282,24 @@ def episodes(dataset: Dataset) -> Episodes:
     # float64: float32 sums drift over long trajectories of small costs.
     returns, costs = (np.add.reduceat(x.astype(np.float64), start) for x in (dataset.rewards, dataset.costs))
     return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
+
+
+def widened(dataset: Dataset, size: int) -> Dataset:
+    """The dataset with `size` privileged columns behind its observations, as `envs.make(..., privileged=True)` observes.
+
+    Raises:
+      DatasetError: it holds another number of them.
+    """
+    if not size:
+        return dataset
+    found = dataset.privileged.shape[1]
+    if found != size:
+        raise DatasetError(f"the dataset's privileged have {found} columns, the task has {size}: use a dataset of this task")
+    wide = lambda *parts: np.concatenate(parts, 1)
+    return dataset._replace(
+        observations=wide(dataset.observations, dataset.privileged),
+        next_observations=wide(dataset.next_observations, dataset.next_privileged),
+    )
 
 
 def in_safe_trajectories(dataset: Dataset, cost_limit: float, quantile: float = 0.0) -> np.ndarray:
