@@ -24,6 +24,8 @@ Deviations, P from the paper, R from the reference code (OSRL):
    opens only around a policy that is nearly safe. --cloning-weight 0 is CPQ without it.
  4 (R) Time-outs bootstrap; only terminal states stop.
  5 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02, batches of 256, as in the other files.
+ 6 (P, R) Critics see what the cost depends on but the observation lacks, where the dataset carries it, and a terminal step costs
+   them `termination_cost` more (AntRun, `TUNED`): see deviations 12 and 13 of marvel.py.
 """
 
 import inspect

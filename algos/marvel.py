@@ -34,7 +34,7 @@ Deviations, P from the paper, R from the released code:
  5 (R) One multiplier update per batch of newly ended episodes; tanh on Kp as in the paper; divisions by d; gains within 10x.
  6 (R) Time-outs bootstrap; only terminal states stop. Optimisers start afresh in every phase, at that phase's rates; the
    actors' fall (`offline_rates`, `online_rates`).
- 7 (R) One setting for all tasks, no per-task overrides.
+ 7 (R) One setting for all tasks but AntRun (`TUNED`).
  8 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02: VPA must have converged before phase 3 starts
    (at tau 0.005 and 2,500 steps Q was a third of what it became, and the first online updates undo the policy).
  9 (P, R) Evaluations sample the policy, whose cost the multiplier controls; --eval-policy mean for the mean action.
@@ -44,6 +44,10 @@ Deviations, P from the paper, R from the released code:
    value speaks for, yields where one does, and weakens as the critics see the policy's own episodes.
 11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time, and while the return
    still rises lambda lags behind (at a reserve of 0.2 the final costs were 26 on PointRun and 21 on HalfCheetah).
+12 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks, where the dataset carries it (AntRun:
+   x). Without it Qc cannot tell a heading that leads out of the corridor, and AntRun's online phase lowered no cost.
+13 (P, R) A terminal step costs the critics `termination_cost` more (AntRun: 100, a cost of 1 for ever after): an ant that has fallen
+   costs nothing any more, and the higher lambda, the sooner it falls.
 """
 
 import inspect

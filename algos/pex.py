@@ -16,7 +16,8 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the choice is by Q - lambda Qc, not by Q (the paper has no costs); (2) h is the
 entropy of the policy that was chosen; (3) evaluations and --eval are of the expanded policy, which needs critics and multiplier;
---eval-policy mean takes both policies' mean actions, and the better of them; (4) k = 0 by default: the new policy is free.
+--eval-policy mean takes both policies' mean actions, and the better of them; (4) k = 0 by default: the new policy is free;
+(5) where the critics see more than the observation (AntRun), so does the policy that they choose.
 """
 
 import inspect
@@ -847,7 +848,10 @@ def replay_checkpoint(args: Args) -> None:
     arrays, meta = logbook.load(args.eval)
     if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
         raise logbook.BadInput(f"{args.eval}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
+    seen = next(value.shape[-2] for name, value in arrays.items() if name.startswith("critics/cost/") and name.endswith("Dense_0/kernel"))
     env = envs.make(meta["env"], args.backend)
+    if seen > env.obs_size + env.action_size:
+        env = envs.make(meta["env"], args.backend, privileged=True)
     fixed = build(replace(args, hidden=tuple(meta["config"]["hidden"]), num_critics=meta["config"]["num_critics"]), env, {})
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), fixed))
     shapes = {k: shapes[k] for k in ("actor", "critics")} | {"prior": shapes["actor"], "multiplier": jnp.float32(0)}

@@ -15,7 +15,7 @@ from data import dsrl
 from tests import probes
 from tests.test_maths import variant  # noqa: F401  (a fixture)
 
-ENV = SimpleNamespace(obs_size=3, action_size=2, horizon=10, name="none")
+ENV = SimpleNamespace(obs_size=3, privileged_size=0, action_size=2, horizon=10, name="none")
 SMALL = dict(hidden=(8,), gamma=0.9, reward_scale=0.1)
 
 
@@ -54,7 +54,7 @@ def test_mmd_is_zero_only_for_equal_samples():
 
 def test_bear_critic_targets():
     """Loss of critics that output known constants: targets are w min + (1-w) max of the targets' two critics, the mean for cost."""
-    fixed, params = built(bear_lag, mmd_samples=4)
+    fixed, params = built(bear_lag, mmd_samples=4, termination_cost=7.0)
     batch = some_batch(bear_lag)
     constant = lambda critic, value: jax.tree.map(jnp.zeros_like, critic) | {"params": _with_bias(critic["params"], value)}
     targets = {"reward": constant(params["critics"]["reward"], [2.0, 6.0]), "cost": constant(params["critics"]["cost"], [3.0])}
@@ -62,7 +62,7 @@ def test_bear_critic_targets():
     loss, info = bear_lag.bear_critic_loss(critics, params, targets, batch, jax.random.key(1), fixed)
     alive = 0.9 * (1 - np.asarray(batch.terminated))
     target = 0.1 * np.asarray(batch.reward) + alive * (0.75 * 2 + 0.25 * 6)
-    cost_target = np.asarray(batch.cost) + alive * 3.0
+    cost_target = np.asarray(batch.cost) + 7.0 * np.asarray(batch.terminated) + alive * 3.0
     expected = np.mean((np.array([[0.5], [-0.5]]) - target) ** 2) + np.mean((1.0 - cost_target) ** 2)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(info["q"]) == pytest.approx(0.0, abs=1e-6)

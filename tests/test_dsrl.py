@@ -32,6 +32,12 @@ def arrays(n=N):
     return out | {"terminals": terminals, "timeouts": timeouts}
 
 
+def with_privileged():
+    """The same with two columns that only critics see."""
+    rows = np.arange(2 * N, dtype=np.float32).reshape(N, 2)
+    return arrays() | {"privileged": rows, "next_privileged": rows + 2}
+
+
 def write(path, content, attrs=None, **options):
     """Writes arrays with plain h5py, as published files are, without any check."""
     with h5py.File(path, "w") as file:
@@ -59,8 +65,11 @@ def check_valid(dataset):
     n = len(dataset.rewards)
     assert n > 0
     for key, value in dataset._asdict().items():
+        if value is None:
+            assert key in ("privileged", "next_privileged")
+            continue
         assert value.shape == (n, *value.shape[1:])
-        assert value.ndim == (2 if key in ("observations", "next_observations", "actions") else 1)
+        assert value.ndim == (2 if key in dsrl.MATRICES else 1)
         assert value.dtype == (bool if key in ("terminals", "timeouts") else np.float32)
         assert np.isfinite(value).all()
     assert dataset.observations.shape == dataset.next_observations.shape
@@ -68,7 +77,8 @@ def check_valid(dataset):
 
 
 def equal(left, right):
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+    same = lambda a, b: a is b is None or a.dtype == b.dtype and np.array_equal(a, b)
+    return all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
 def put(key, index, value):
@@ -137,11 +147,32 @@ def test_invalid_content_is_refused_by_load_and_save(tmp_path, name):
     assert dsrl.sha256(target) == before and os.listdir(target.parent) == ["good.hdf5"]
 
 
+def test_privileged_columns_come_in_pairs_and_go_behind_the_observations(tmp_path):
+    dataset = dsrl.Dataset(**with_privileged())
+    dsrl.save(tmp_path / "wide.hdf5", dataset, {})
+    loaded = dsrl.load(tmp_path / "wide.hdf5", obs_size=OBS, action_size=ACTION)[0]
+    assert equal(loaded, dataset)
+    wide = dsrl.widened(loaded, 2)
+    np.testing.assert_array_equal(wide.observations, np.c_[dataset.observations, dataset.privileged])
+    np.testing.assert_array_equal(wide.next_observations, np.c_[dataset.next_observations, dataset.next_privileged])
+    assert equal(dsrl.widened(loaded, 0), loaded)  # a simulator that does not tell
+    with pytest.raises(dsrl.DatasetError, match="2 columns, the task has 1"):
+        dsrl.widened(loaded, 1)
+    half = with_privileged()
+    del half["next_privileged"]
+    refused(write(tmp_path / "half.hdf5", half), "missing next_privileged", "add them")
+    uneven = with_privileged() | {"next_privileged": np.zeros((N, 3), np.float32)}
+    refused(write(tmp_path / "uneven.hdf5", uneven), "privileged have 2 columns but next_privileged 3", "export both")
+    holed = with_privileged()
+    holed["privileged"][3, 1] = np.nan
+    refused(write(tmp_path / "holed.hdf5", holed), "privileged have NaN or inf", "drop that trajectory")
+
+
 def test_content_only_a_file_can_hold_is_refused(tmp_path):
     path = tmp_path / "bad.hdf5"
     some = {key: value for key, value in arrays().items() if key not in ("costs", "timeouts")}
     refused(write(path, some), "missing costs, timeouts", "add them")
-    every_key = ", ".join(dsrl.Dataset._fields)
+    every_key = "observations, next_observations, actions, rewards, costs, terminals, timeouts"
     refused(write(path, {}), f"missing {every_key}", "add them")
 
     def rewrite(change):
@@ -300,7 +331,7 @@ def test_save_compresses_and_spans_several_chunks(tmp_path):
     big = dsrl.Dataset(**{key: np.resize(value, (n, *value.shape[1:])) for key, value in arrays().items()})
     dsrl.save(tmp_path / "a.hdf5", big, {})
     assert equal(dsrl.load(tmp_path / "a.hdf5")[0], big)
-    assert (tmp_path / "a.hdf5").stat().st_size < 0.1 * sum(value.nbytes for value in big)
+    assert (tmp_path / "a.hdf5").stat().st_size < 0.1 * sum(value.nbytes for value in big if value is not None)
     with h5py.File(tmp_path / "a.hdf5") as file:
         assert file["observations"].id.get_num_chunks() > 1 and file["observations"].shuffle
 
@@ -515,7 +546,7 @@ def test_fuzz_mutated_arrays(tmp_path):
     @FUZZ
     @given(st.lists(EDITS, min_size=1, max_size=3))
     def run(edits):
-        content = arrays()
+        content = with_privileged()
         for edit in edits:
             mutate(content, *edit)
         outcomes.add(load_or_none(write(tmp_path / "mutated.hdf5", content)) is None)

@@ -211,6 +211,22 @@ def refused(done, *texts):
     assert all(text in lines[0] for text in texts), lines[0]
 
 
+def test_critics_see_what_the_dataset_carries_and_policies_do_not(place, tmp_path):
+    """PEX, whose policy asks its critics: trained with the extra column, and replayed from the checkpoint."""
+    dataset, about = dsrl.load(place / "point.hdf5")
+    column = np.linspace(-1, 1, len(dataset.rewards), dtype=np.float32)[:, None]
+    dsrl.save(tmp_path / "wide.hdf5", dataset._replace(privileged=column, next_privileged=column), {"env": ENV})
+    done = script("pex", TINY["pex"].replace("point.hdf5", "wide.hdf5"), tmp_path / "runs", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = run_folder(tmp_path / "runs", "pex") / "checkpoint-seed0.safetensors"
+    arrays, _ = logbook.load(path)
+    first = lambda part: next(v for k, v in arrays.items() if k.startswith(part) and k.endswith("Dense_0/kernel")).shape[-2]
+    obs_size = dataset.observations.shape[1]
+    assert (first("actor/"), first("critics/reward/"), first("critics/cost/")) == (obs_size, obs_size + 3, obs_size + 3)
+    done = script("pex", f"--eval {path} --episodes 2", tmp_path / "runs", tmp_path)
+    assert done.returncode == 0 and "2 episodes, return" in done.stdout, done.stderr[-3000:]
+
+
 def test_damaged_checkpoint(place, finished):
     """Cut short, one that is no safetensors file, and one of another program."""
     _, folder = finished("marvel")

@@ -120,13 +120,22 @@ def test_log_probability_at_the_bounds_is_finite_and_that_of_a_point_inside():
 @BOTH
 def test_actor_log_std_stays_in_its_range(algo):
     """[-5, 2], however far the network's outputs go."""
-    actor = algo.Actor((8,), 2)
+    actor = algo.Actor((8,), 3, 2)
     params = actor.init(jax.random.key(0), jnp.zeros(3))
     obs = 1e6 * jax.random.normal(jax.random.key(1), (50, 3))
     for factor in (-1e3, 1e3):
         _, log_std = actor.apply(jax.tree.map(lambda x: factor * x, params), obs)
         assert log_std.min() >= -5 and log_std.max() <= 2
     assert float(actor.apply(jax.tree.map(jnp.zeros_like, params), obs)[1][0, 0]) == -1.5
+
+
+@BOTH
+def test_actor_is_blind_to_what_only_critics_see(algo, variant):
+    actor = algo.Actor((8,), 3, 2)
+    params, obs = actor.init(jax.random.key(0), jnp.zeros(3)), jnp.ones((5, 3))
+    seen = jnp.concatenate([obs, 9 * jax.random.normal(jax.random.key(1), (5, 2))], -1)
+    for a, b in zip(variant(actor.apply)(params, obs), variant(actor.apply)(params, seen), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # ---------------------------------------------------------------- divergence, thresholds, ranks
@@ -303,7 +312,7 @@ def test_extreme_limits(algo, limit, lagrangian):
 # ---------------------------------------------------------------- losses, on linear networks
 
 OBS, ACTION, N = 3, 2, 40
-GAMMA, SCALE = 0.9, 0.5
+GAMMA, SCALE, DYING = 0.9, 0.5, 7.0
 
 
 class Linear:
@@ -324,7 +333,7 @@ class Policy:
 def setting(algo, **changes):
     """(fixed, batch, actor, critics, targets) on linear networks; 8 of 40 transitions are terminal."""
     rng = np.random.default_rng(7)
-    args = replace(algo.Args(gamma=GAMMA, reward_scale=SCALE), **changes)
+    args = replace(algo.Args(gamma=GAMMA, reward_scale=SCALE), **{"termination_cost": DYING} | changes)
     env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50, privileged_size=0)
     fixed = algo.Fixed(args, env, {"actor": Policy(), "reward": Linear(), "cost": Linear()}, {})
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
@@ -360,7 +369,7 @@ def soft_targets(batch, actor, targets, key, alpha_r, alpha_c):
     phi, h = features(batch.next_obs, action), -log_prob
     going_on = batch.terminated == 0
     y_r = SCALE * batch.reward + np.where(going_on, GAMMA * ((phi @ targets["reward"].T).min(-1) + alpha_r * h), 0)
-    y_c = batch.cost + np.where(going_on, GAMMA * (phi @ targets["cost"][0] + alpha_c * h), 0)
+    y_c = batch.cost + np.where(going_on, GAMMA * (phi @ targets["cost"][0] + alpha_c * h), DYING)
     return y_r, y_c
 
 
@@ -477,7 +486,8 @@ def cpq_targets(batch, actor, targets, key, q_thres):
     next_q, next_qc = (phi @ targets["reward"].T).min(-1), phi @ targets["cost"][0]
     safe, alive = next_qc <= q_thres, GAMMA * (1 - batch.terminated)
     # The cost of a step is at most 1, so Qc lies in [0, 1 / (1 - gamma)].
-    return SCALE * batch.reward + alive * safe * next_q, batch.cost + alive * np.clip(next_qc, 0, 1 / (1 - GAMMA)), safe
+    y_c = batch.cost + DYING * batch.terminated + alive * np.clip(next_qc, 0, 1 / (1 - GAMMA))
+    return SCALE * batch.reward + alive * safe * next_q, y_c, safe
 
 
 def test_cpq_critic_targets(variant):
@@ -495,7 +505,7 @@ def test_cpq_critic_targets(variant):
 
 def test_cpq_unsafe_actions_have_no_reward_backup():
     """All next actions unsafe: the reward's targets are the rewards, the cost's still bootstrap."""
-    fixed, batch, actor, critics, targets = setting(marvel, cost_limit=1.0)
+    fixed, batch, actor, critics, targets = setting(marvel, cost_limit=1.0, termination_cost=0.0)
     # Qc' = 5 everywhere, threshold 0.2
     targets = {**targets, "cost": jnp.zeros((1, 1 + OBS + ACTION)).at[0, 0].set(5.0)}
     value, gradient = jax.value_and_grad(cpq)(critics, actor, targets, batch, -100.0, jax.random.key(0), fixed)
@@ -549,7 +559,7 @@ def test_dual_direction():
 
 def real_networks():
     """Marvel's own networks on 3 observations and 2 actions, and 48 transitions."""
-    env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50)
+    env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50, privileged_size=0)
     args = marvel.Args(reward_scale=0.1, hidden=(16,), vae_hidden=(16,), ood_states=32, ood_actions=10, gamma=GAMMA)
     fixed = marvel.build(args, env, {})
     params = marvel.init_params(jax.random.key(0), fixed)

@@ -24,6 +24,8 @@ DIFFERENT = {  # (file, name): why its text differs from the siblings'
     ("bear_lag", "OFFLINE_FIELDS"): "its own recipe",
     ("bear_lag", "OFFLINE_CODE"): "its own recipe",
     ("pex", "replay_checkpoint"): "its policy needs the critics",
+    ("cpq", "TUNED"): "offline only",
+    ("so2", "TUNED"): "more updates, as its defaults have",
 }
 
 

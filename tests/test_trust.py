@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -341,6 +342,17 @@ def bad_files(place):
         file["rewards"] = broken
     shutil.copy(dsrl.default_path("SafetyHalfCheetahVelocity"), place / "cheetah.hdf5")
     return place
+
+
+def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
+    parsed = lambda words: logbook.parse(marvel.Args, words.split(), marvel.TUNED)
+    tuned = marvel.TUNED["SafetyAntRun"]
+    assert tuned and all(getattr(marvel.Args(), name) != value for name, value in tuned.items())
+    for name in ("SafetyAntRun", "SafetyAntRun0-v0"):
+        assert parsed(f"--env {name}") == replace(marvel.Args(env=name), **tuned)
+    assert parsed("") == replace(marvel.Args(), **tuned)  # AntRun is the default task
+    assert parsed("--env SafetyPointRun") == marvel.Args(env="SafetyPointRun")
+    assert parsed("--actor-lr 0.3 --seeds 2") == replace(marvel.Args(seeds=2), **tuned | {"actor_lr": 0.3})
 
 
 def test_there_are_enough_cases():
