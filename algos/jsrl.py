@@ -189,7 +189,7 @@ class Args:
 TUNED = {  # per task, where the defaults do not do; what the command line says goes before
     "SafetyAntRun": dict(
         cloning_weight=10.0, offline_actor_lr=3e-3, termination_cost=100.0,
-        updates_per_iter=500, actor_lr=1e-4, max_multiplier=1.0,
+        iterations=80, updates_per_iter=400, actor_lr=1e-4, max_multiplier=1.0,
     ),  # fmt: skip
 }
 

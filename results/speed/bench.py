@@ -328,7 +328,7 @@ def random_batch(sizes: dict, key) -> marvel.Batch:
 
 def bare_env(sizes: dict) -> SimpleNamespace:
     """As much of an environment as gradient steps need."""
-    return SimpleNamespace(name="", obs_size=sizes["obs"], action_size=sizes["act"], horizon=sizes["horizon"])
+    return SimpleNamespace(name="", obs_size=sizes["obs"], privileged_size=0, action_size=sizes["act"], horizon=sizes["horizon"])
 
 
 def root_keys(seeds: int):
