@@ -191,7 +191,9 @@ def whole_episodes(out: dict[str, Any]) -> dsrl.Dataset:
 
 
 def main(args: Args) -> None:
-    env = envs.make(args.env, privileged=args.env in PRIVILEGED)
+    env = envs.make(args.env)
+    if env.name in PRIVILEGED:
+        env = envs.make(args.env, privileged=True)
     if env.name not in RECIPES:
         sys.exit(f"no recipe for {env.name}: add one to data/collect.py (there are {', '.join(RECIPES)})")
     if args.train:

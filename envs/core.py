@@ -118,7 +118,7 @@ def batched(function, key: jax.Array):
 
 class Env:
     """A task on a physics. With `privileged=True` observations carry `task.privileged` behind their first
-    `obs_size` entries (for critics during data collection; policies must slice it off)."""
+    `obs_size` entries (for critics only; policies must slice it off)."""
 
     def __init__(self, task: Task, physics: Physics, backend: str, privileged: bool = False):
         self.task, self.physics, self.backend = task, physics, backend

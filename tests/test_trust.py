@@ -355,6 +355,13 @@ def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
     assert parsed("--actor-lr 0.3 --seeds 2") == replace(marvel.Args(seeds=2), **tuned | {"actor_lr": 0.3})
 
 
+@pytest.mark.parametrize("module", [cpq, naive_o2o, jsrl, pex, so2], ids=lambda m: m.__name__)
+def test_baselines_start_from_the_same_offline_settings(module):
+    offline = lambda args: {field: getattr(args, field) for field in cpq.OFFLINE_FIELDS}
+    parsed = lambda m: offline(logbook.parse(m.Args, ["--env", "SafetyAntRun"], m.TUNED))
+    assert parsed(module) == parsed(marvel) != offline(marvel.Args())
+
+
 def test_there_are_enough_cases():
     assert len(CASES) >= 60 and {case[0] for case in CASES} == set(ALGOS)
 
