@@ -873,7 +873,7 @@ def prepare(algo: str, args: Args) -> Run:
     dataset, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
     if dataset.privileged is not None:
         env = envs.make(args.env, args.backend, privileged=True)
-        dataset = dsrl.widened(dataset, env.privileged_size)
+        dataset = dsrl.widened(dataset, env.privileged_size, about["path"])
     flat = (dataset.observations, dataset.actions, dataset.rewards, dataset.costs, dataset.next_observations, dataset.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     safe = jax.tree.map(lambda x: x[dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)], data)

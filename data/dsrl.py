@@ -284,8 +284,8 @@ def episodes(dataset: Dataset) -> Episodes:
     return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
 
 
-def widened(dataset: Dataset, size: int) -> Dataset:
-    """The dataset with `size` privileged columns behind its observations, as `envs.make(..., privileged=True)` observes.
+def widened(dataset: Dataset, size: int, path: str | os.PathLike) -> Dataset:
+    """The dataset of `path` with `size` privileged columns behind its observations, as `envs.make(..., privileged=True)` observes.
 
     Raises:
       DatasetError: it holds another number of them.
@@ -294,7 +294,7 @@ def widened(dataset: Dataset, size: int) -> Dataset:
         return dataset
     found = dataset.privileged.shape[1]
     if found != size:
-        raise DatasetError(f"the dataset's privileged have {found} columns, the task has {size}: use a dataset of this task")
+        raise _error(path, f"privileged have {found} columns, the task has {size}", "use a dataset of this task")
     wide = lambda *parts: np.concatenate(parts, 1)
     return dataset._replace(
         observations=wide(dataset.observations, dataset.privileged),

@@ -152,12 +152,13 @@ def test_privileged_columns_come_in_pairs_and_go_behind_the_observations(tmp_pat
     dsrl.save(tmp_path / "wide.hdf5", dataset, {})
     loaded = dsrl.load(tmp_path / "wide.hdf5", obs_size=OBS, action_size=ACTION)[0]
     assert equal(loaded, dataset)
-    wide = dsrl.widened(loaded, 2)
+    path = tmp_path / "wide.hdf5"
+    wide = dsrl.widened(loaded, 2, path)
     np.testing.assert_array_equal(wide.observations, np.c_[dataset.observations, dataset.privileged])
     np.testing.assert_array_equal(wide.next_observations, np.c_[dataset.next_observations, dataset.next_privileged])
-    assert equal(dsrl.widened(loaded, 0), loaded)  # a simulator that does not tell
-    with pytest.raises(dsrl.DatasetError, match="2 columns, the task has 1"):
-        dsrl.widened(loaded, 1)
+    assert equal(dsrl.widened(loaded, 0, path), loaded)  # a simulator that does not tell
+    with pytest.raises(dsrl.DatasetError, match="wide.hdf5: privileged have 2 columns, the task has 1; use a dataset"):
+        dsrl.widened(loaded, 1, path)
     half = with_privileged()
     del half["next_privileged"]
     refused(write(tmp_path / "half.hdf5", half), "missing next_privileged", "add them")
