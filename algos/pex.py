@@ -181,7 +181,8 @@ class Args:
 TUNED = {  # per task, where the defaults do not do; what the command line says goes before
     "SafetyAntRun": dict(
         cloning_weight=10.0, offline_actor_lr=3e-3, termination_cost=100.0,
-        iterations=80, updates_per_iter=400, actor_lr=1e-4, max_multiplier=1.0,
+        iterations=160, updates_per_iter=600, batch_size=256, actor_lr=3e-4,
+        kp=0.002, ki=0.0002, kd=0.001, max_multiplier=2.0,
     ),  # fmt: skip
     "SafetyCarRun": dict(cloning_quantile=0.25),  # offline cost 114; cloned from the fastest quarter: 285
 }
