@@ -529,18 +529,18 @@ def report(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """One line per algorithm: return / cost of the offline policy and at the end, and the cost of all training episodes, by task."""
+    """One line per algorithm: by task, return / cost at the end, and the cost of all training episodes."""
     runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
-    tasks = [env for env in ENVS if {name for task, name, _ in runs if task == env} >= set(ALGOS)]
+    tasks = [env for env in ENVS if {name for task, name, _ in runs if task == env} >= set(PLAIN)]
     header, rows = ["algorithm"], []
     for env in tasks:
-        header += [f"{env}: offline", "final", "training cost"]
-    pair = lambda found, prefix="": " / ".join(number(found[prefix + key].mean()) for key in ("return", "cost"))
+        header += [env, "training cost"]
     for name in ALGOS:
         rows.append([NAMES[name]])
         for env in tasks:
-            found = alive(runs[env, name, csvs.LIMIT])
-            rows[-1] += [pair(found, "offline_"), pair(found), number(found["training_cost"].mean())]
+            found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None
+            rows[-1] += [" / ".join(number(found[key].mean()) for key in ("return", "cost")) if found else "-"]
+            rows[-1] += [number(found["training_cost"].mean()) if found else "-"]
     return "\n".join(markdown(header, rows))
 
 

@@ -437,6 +437,17 @@ def test_report_reads_whatever_is_present(tmp_path):
         report.report(tmp_path / "empty")
 
 
+def test_summary_has_the_tasks_on_which_every_algorithm_was_run(tmp_path):
+    for name in report.PLAIN:
+        csvs.write(make_run(name, final=700.0, cost=10.0, train_cost=15.0, noise=0.0), tmp_path)
+    csvs.write(make_run("marvel", env="SafetyCarRun"), tmp_path)
+    lines = report.summary(tmp_path).splitlines()
+    assert lines[0] == f"| algorithm | {ENV} | training cost |"
+    assert "| Marvel | 700 / 10 | 750 |" in lines  # 50 episodes
+    assert "| Marvel, plain fitted Q | - | - |" in lines  # a control that was not run
+    assert len(lines) == 2 + len(report.ALGOS)
+
+
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     committed = (ROOT / "results" / "README.md").read_text()
