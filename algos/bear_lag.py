@@ -20,7 +20,7 @@ Deviations, P from the paper, R from the reference code (OSRL):
  3 (R) The cost target is the mean over the sampled actions: the maximum, meant for optimism about reward, has no meaning for cost.
  4 (R) Time-outs bootstrap; only terminal states stop.
  5 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02, batches of 256, as in the other files.
- 6 (P, R) Critics see what the cost depends on but the observation lacks, where the dataset carries it (AntRun).
+ 6 (P, R) Critics see what the cost depends on but the observation lacks, where the dataset carries it (Run: x).
 """
 
 import inspect

@@ -92,8 +92,6 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(float("inf"), 425_000, 17, (17,), ANT),
     ),
 }
-# Datasets that carry what the cost depends on but the observations lack. PointRun and CarRun are learnt without it.
-PRIVILEGED = ("SafetyAntRun",)
 
 
 @dataclass(frozen=True)
@@ -191,9 +189,7 @@ def whole_episodes(out: dict[str, Any]) -> dsrl.Dataset:
 
 
 def main(args: Args) -> None:
-    env = envs.make(args.env)
-    if env.name in PRIVILEGED:
-        env = envs.make(args.env, privileged=True)
+    env = envs.make(args.env, privileged=True)
     if env.name not in RECIPES:
         sys.exit(f"no recipe for {env.name}: add one to data/collect.py (there are {', '.join(RECIPES)})")
     if args.train:
