@@ -10,7 +10,8 @@ online   one gradient step of SAC-Lagrangian at the sizes of Marvel's release (b
 envs     environment steps per second in a jitted scan with random actions and restarts, beside safety-gymnasium 1.0.0
          (one environment, one process) and CRAX's Point task.
 startup  from the start of `python algos/marvel.py` to its first gradient step, compiling everything and with a filled cache.
-floor    beside cpq and online: the step's matrix products alone at the rate at which this machine multiplies matrices.
+floor    beside cpq and online: the step's matrix products alone at the highest rate at which this machine multiplies matrices.
+         The rates that it reaches in several shapes are rows of their own: one critic layer of `online` is 4x64x256 by 256.
 whole    a whole run: as results/<env>/marvel.json recorded it, or measured now (--whole ENV).
 
 Peers run under interpreters of their own (--torch, --crax, --reference; peers.py says what they must have), on the same cores,
@@ -273,7 +274,10 @@ def matmul_flops(jaxpr) -> int:
 def matmul_rates() -> dict[str, tuple[Callable[[], float], float]]:
     """{shape: (seconds of one product, its operations)} of products like those of the networks here and of one large one."""
     found = {}
-    for shape, width, times in (((512, 256), 256, 40), ((3, 512, 256), 256, 20), ((5120, 400), 400, 4), ((2048, 2048), 2048, 1)):
+    shapes = (
+        ((4, 64, 256), 256, 40), ((512, 256), 256, 40), ((3, 512, 256), 256, 20), ((5120, 400), 400, 4), ((2048, 2048), 2048, 1),
+    )  # fmt: skip
+    for shape, width, times in shapes:
         x = jax.random.normal(jax.random.key(0), shape)
         w = jax.random.normal(jax.random.key(1), (*shape[:-2], width, width)) / math.sqrt(width)
 
@@ -290,21 +294,21 @@ class Floor:
 
     def __init__(self, args: Args):
         self.rates = matmul_rates() if "floor" in args.only else {}
-        self.seen: list[tuple[float, str]] = []
+        self.seen: dict[str, float] = {}
 
     def measures(self) -> dict[str, Callable[[], float]]:
         return {f"matmul {name}": measure for name, (measure, _) in self.rates.items()}
 
     def rate(self, found: dict[str, float]) -> float | None:
         """Operations per second of the fastest shape among these medians."""
-        rates = [(flops / found[f"matmul {name}"], name) for name, (_, flops) in self.rates.items()]
-        self.seen += [max(rates)] if rates else []
-        return max(rates)[0] if rates else None
+        rates = {name: flops / found[f"matmul {name}"] for name, (_, flops) in self.rates.items()}
+        self.seen = self.seen or rates
+        return max(rates.values(), default=None)
 
     def rows(self, args: Args) -> list[Row]:
         if not self.seen and self.rates:  # nothing else was measured
             self.rate(alternate(self.measures(), args.repeats))
-        return [Row("matrix products", rate / 1e9, "GFLOP/s", note=f"float32, {name}, the fastest") for rate, name in self.seen[:1]]
+        return [Row(f"matrix products, {name}", rate / 1e9, "GFLOP/s", note="float32") for name, rate in self.seen.items()]
 
 
 def step_row(what: str, name: str, peer: str, found: dict, flops: float, rate: float | None, note: str) -> Row:
