@@ -45,7 +45,7 @@ Deviations, P from the paper, R from the released code:
 11 (P, R) The controller aims at (1 - reserve) d: a policy whose mean cost is d is above d half of the time, and while the return
    still rises lambda lags behind (at a reserve of 0.2 the final costs were 26 on PointRun and 21 on HalfCheetah).
 12 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks, where the dataset carries it (Run: x).
-   Without it Qc cannot tell a heading that leads out of the corridor, and AntRun's online phase hardly lowers the cost.
+   Without it Qc cannot tell a heading that leads out of the corridor: AntRun's and CarRun's online phases hardly lower the cost.
 13 (P, R) A terminal step costs the critics `termination_cost` more (AntRun: 100, a cost of 1 for ever after): an ant that has fallen
    costs nothing any more, so that a large lambda Qc would pay for falling.
 """

@@ -90,7 +90,7 @@ class Task:
         raise NotImplementedError
 
     def privileged(self, r: Readings) -> jax.Array:
-        """(..., k) what the cost depends on but the observation lacks; for the critics of algos/sac_lag.py only."""
+        """(..., k) what the cost depends on but the observation lacks; for critics, never for policies."""
         return r.qpos[..., :0]
 
 
