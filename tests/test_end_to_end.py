@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -177,10 +178,9 @@ def test_a_seed_among_others_is_the_seed_alone(place, finished, seeds, devices):
     assert {row["seed"] for row in table} == {str(seed) for seed in range(seeds)}
     (folder,) = (runs / ENV / "marvel").iterdir()
     a, b = (logbook.load(path / "checkpoint-seed0.safetensors")[0] for path in (alone, folder))
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=0.01, atol=0.01, err_msg=name)
     other = logbook.load(folder / "checkpoint-seed1.safetensors")[0]
-    assert any(not np.allclose(b[name], other[name], rtol=0.01, atol=0.01) for name in b)
+    apart = lambda x, y: math.sqrt(sum(np.square(np.float64(x[name]) - y[name]).sum() for name in x))
+    assert apart(a, b) < 0.05 * apart(b, other)  # 0.004; episodes blow rounding up
     compared = 0  # episodes of 500 steps blow a difference in the last digit up, so only the untrained policy's is compared
     for one, row in zip(rows(alone), (row for row in table if row["seed"] == "0"), strict=True):
         for key in ("reward_critic_loss", "cost_critic_loss", "q", "qc") if one["phase"] != "online" else ():
