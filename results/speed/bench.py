@@ -11,7 +11,7 @@ envs     environment steps per second in a jitted scan with random actions and r
          (one environment, one process) and CRAX's Point task.
 startup  from the start of `python algos/marvel.py` to its first gradient step, compiling everything and with a filled cache.
 floor    beside cpq and online: the step's matrix products alone at the highest rate at which this machine multiplies matrices.
-         The rates that it reaches in several shapes are rows of their own: one critic layer of `online` is 4x64x256 by 256.
+         The rates that it reaches in several shapes are rows of their own: a hidden layer of `online`'s four critics is 4x64x256.
 whole    a whole run: as results/<env>/marvel.json recorded it, or measured now (--whole ENV).
 
 Peers run under interpreters of their own (--torch, --crax, --reference; peers.py says what they must have), on the same cores,
