@@ -53,12 +53,13 @@ def draw(folder: Path) -> Path:
                 if len(curves) > 1 and len({len(c) for c in curves.values()}) == 1:
                     stacked = np.array(list(curves.values()))
                     axis.plot(stacked[0, :, 0], stacked[:, :, 1].mean(0), **style)
-        axes[0, column].set_title({"offline": "offline CPQ", "vpa": "pre-alignment", "online": "online"}.get(phase, phase))
+        axes[0, column].set_title({"offline": "offline", "vpa": "pre-alignment", "online": "online"}.get(phase, phase))
         axes[-1, column].set_xlabel(f"thousand {'environment' if phase == 'online' else 'gradient'} steps")
         if dataset.get("safe_return_range"):
             axes[0, column].axhspan(*dataset["safe_return_range"], color="C2", alpha=0.12, lw=0)
             axes[0, column].axhline(dataset["safe_return_p90"], color="C2", lw=1, ls=":")
-        axes[1, column].axhline(limit, color="C3", lw=1.2, ls="--")
+        if np.isfinite(limit):
+            axes[1, column].axhline(limit, color="C3", lw=1.2, ls="--")
     for axis, label in zip(axes[:, 0], ("episode return", "episode cost", "multiplier")):
         axis.set_ylabel(label)
     handles = [

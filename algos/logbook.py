@@ -11,6 +11,7 @@ A run that was killed goes on with `--resume`: `Logbook.run` saves the whole sta
 `checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted.
 """
 
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -20,13 +21,16 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import typing
 import zlib
 from pathlib import Path
 
@@ -54,9 +58,10 @@ COLUMNS = (
 ).split()
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
-    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight entropy_weight anchor_weight anchor_floor actor_warmup "
-    "reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds".split()
+    "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
+    "actor_warmup reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile".split()
 )
+INFINITE_ALLOWED = {"cost_limit", "max_multiplier", "checkpoint_seconds"}
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -70,17 +75,51 @@ class AllDiverged(RuntimeError):
     """No seed is left to train."""
 
 
-def parse(args_class, words: list[str] | None = None, tuned: dict[str, dict] | None = None):
-    """`args_class` from the command line (or `words`), its defaults those `tuned` for the task; BadInput with
-    tyro's message on one line."""
+def documented(cls) -> dict[str, str]:
+    """{field: the docstring below it} of the fields that a dataclass itself declares."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    pairs = zip(body, body[1:], strict=False)
+    return {field.target.id: ast.literal_eval(text.value) for field, text in pairs if isinstance(field, ast.AnnAssign)}
+
+
+def grouped(args_class, defaults):
+    """A dataclass for tyro with one group per class from which `args_class` inherits, so that --help shows them apart."""
+    owner, types, groups = {}, typing.get_type_hints(args_class), {}
+    classes = [cls for cls in reversed(args_class.__mro__) if dataclasses.is_dataclass(cls)]
+    for cls in classes:  # a field that a subclass declares again is the subclass's
+        owner |= {name: (cls, text) for name, text in documented(cls).items()}
+    for cls in classes:
+        for name, (declared, text) in owner.items():
+            if declared is cls:
+                annotated = typing.Annotated[types[name], tyro.conf.arg(help=text)]
+                field = (name, annotated, dataclasses.field(default=getattr(defaults, name)))
+                groups.setdefault(re.sub(r"\W+", "_", cls.__doc__.strip()), []).append(field)
+    made = [(title, dataclasses.make_dataclass(title, fields, frozen=True)) for title, fields in groups.items()]
+    return tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Args", [(n, c, dataclasses.field(default=c())) for n, c in made])]
+
+
+def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[str, dict]] | None = None):
+    """`args_class` from the command line (or `words`); BadInput with tyro's message on one line.
+
+    Its defaults are those of the preset that `words` name: presets[NAME]["*"], then presets[NAME][TASK].
+    """
     said = io.StringIO()
+    described = (sys.modules[args_class.__module__].__doc__ or "").split("\n\n")[0]
+
+    def read(defaults):
+        args = tyro.cli(grouped(args_class, defaults), args=words, description=described)
+        groups = (getattr(args, field.name) for field in dataclasses.fields(args))
+        return args_class(**{k: getattr(group, k) for group in groups for k in group.__dataclass_fields__})
+
     try:
         with contextlib.redirect_stderr(said):
-            args = tyro.cli(args_class, args=words)
-            for name, values in (tuned or {}).items():
-                if args.env in (name, TASKS[name].reference_id):
-                    return tyro.cli(args_class, args=words, default=dataclasses.replace(args_class(), **values))
-            return args
+            args = read(args_class())
+            preset = (presets or {}).get(getattr(args, "preset", ""), {})
+            values = dict(preset.get("*", {}))
+            for name, own in preset.items():
+                if args.env in (name, TASKS[name].reference_id if name in TASKS else name):
+                    values |= own
+            return read(dataclasses.replace(args_class(), **values)) if values else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -89,13 +128,13 @@ def parse(args_class, words: list[str] | None = None, tuned: dict[str, dict] | N
         raise BadInput(said.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
 
 
-def command(main, args_class, words: list[str] | None = None, tuned: dict[str, dict] | None = None) -> None:
+def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
     Exit code 2 for bad input, before anything is written; 1 if the disk is full or every seed diverged.
     """
     try:
-        main(parse(args_class, words, tuned))
+        main(parse(args_class, words, presets))
     except (BadInput, UnknownName, RenderError, dsrl.DatasetError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:
@@ -108,7 +147,8 @@ def command(main, args_class, words: list[str] | None = None, tuned: dict[str, d
 
 
 def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
-    """BadInput unless every number that defaults to a positive one is positive (or zero where that is allowed)."""
+    """BadInput unless every number that defaults to a positive one is positive (or zero where that is allowed), and every
+    integer fits JAX's 32 bits."""
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), field.default
         flag = "--" + field.name.replace("_", "-")
@@ -117,12 +157,18 @@ def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
                 continue
             if x != x or x < 0 and field.name != "entropy_per_action":
                 raise BadInput(f"{flag} {x}: must not be negative or NaN")
+            if isinstance(x, int) and x >= 2**31:
+                raise BadInput(f"{flag} {x}: must be below 2147483648")
+            if x == float("inf") and field.name not in INFINITE_ALLOWED:
+                raise BadInput(f"{flag} {x}: must be finite")
             if x == 0 and field.name not in ZERO_ALLOWED and default not in (0, 0.0):
                 raise BadInput(f"{flag} {x}: must be positive")
         if value == () and default != ():
             raise BadInput(f"{flag}: needs at least one number")
         if multiples and field.name in multiples and value % multiples[field.name]:
             raise BadInput(f"{flag} {value}: must be a multiple of {multiples[field.name]}")
+    if args.seed + args.seeds > 2**31:
+        raise BadInput(f"--seed {args.seed} --seeds {args.seeds}: the last seed must be below 2147483648")
 
 
 def commit() -> str:
@@ -219,19 +265,6 @@ def restore(template, arrays: dict[str, np.ndarray], source: str, prefix: str = 
 def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Path:
     """Where the offline checkpoint of a seed lies; `recipe` is all that it depends on."""
     return runs / env / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
-
-
-def newest_offline(runs: Path, env: str, algo: str, seed: int, wanted: dict) -> Path:
-    """The newest offline checkpoint of `algo` for this seed whose header has the `wanted` values; BadInput if there is none."""
-    folder = runs / env / "offline" / algo
-    for path in sorted(folder.glob(f"*/seed{seed}.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
-        recipe = load(path)[1]["recipe"]
-        if all(recipe[k] == json.loads(json.dumps(v)) for k, v in wanted.items()):
-            return path
-    raise BadInput(
-        f"{folder}: no checkpoint of seed {seed} for this cost limit, dataset and network size: "
-        f"run algos/{algo}.py --env {env} --seed {seed} first"
-    )
 
 
 def load_seeds(paths: list[Path], template: dict):

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 
-def over_seeds(function, in_axes=0, **options):
+def vmap_seeds(function, in_axes=0, **options):
     """`function`, written for one seed, jitted over all of them at once (leading axis of its results and of arguments with axis 0).
 
     Seeds do not talk to each other, so each of several devices takes an equal share of them: as many devices as divide their

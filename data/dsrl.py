@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,6 +283,32 @@ def episodes(dataset: Dataset) -> Episodes:
     # float64: float32 sums drift over long trajectories of small costs.
     returns, costs = (np.add.reduceat(x.astype(np.float64), start) for x in (dataset.rewards, dataset.costs))
     return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
+
+
+def check_episodes(dataset: Dataset, path: str | os.PathLike, horizon: int) -> None:
+    """Looks at how the episodes of the dataset of `path` end; `horizon` is the task's number of steps until a time-out.
+
+    Prints a warning where every terminal episode is exactly `horizon` steps long: those are time-outs stored as terminals, through
+    which critics would not bootstrap.
+
+    Raises:
+      DatasetError: no row ends an episode.
+    """
+    found = episodes(dataset)
+    if not found.complete.any():
+        raise _error(path, "no row ends an episode", "set terminals or timeouts to 1 in the last row of each")
+    terminal = dataset.terminals[found.stop - 1]
+    if terminal.any() and (found.lengths[terminal] == horizon).all():
+        print(
+            f"warning: {path}: all {terminal.sum()} terminal episodes are {horizon} steps long, the task's time limit: if these are "
+            "time-outs, --terminals-are-timeouts reads them so",
+            file=sys.stderr,
+        )
+
+
+def as_timeouts(dataset: Dataset) -> Dataset:
+    """The dataset with its terminals read as time-outs: critics bootstrap through them."""
+    return dataset._replace(terminals=np.zeros_like(dataset.terminals), timeouts=dataset.timeouts | dataset.terminals)
 
 
 def widened(dataset: Dataset, size: int, path: str | os.PathLike) -> Dataset:

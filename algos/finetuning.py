@@ -1,0 +1,247 @@
+"""What the offline-to-online algorithms share: their arguments, phase 1, and the loop of the online phase.
+
+The online phase runs `iterations` times: collect `episodes_per_iter` episodes, move the multiplier by their mean cost, take
+`updates_per_iter` gradient steps. An algorithm brings its own gradient step, its behaviour policy and the policy it is judged by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from algos import bc_safe, bear_lag, cpq, logbook, training
+from algos.lagrangian import LagrangianArgs, Multiplier, init_multiplier, update_multiplier
+from algos.networks import Networks
+from algos.seeds import vmap_seeds
+from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, Run, RunArgs
+from data.replay import Replay, empty_replay, insert, sample, sample_recent
+from envs.rollout import Batch, Episodes, collect, start_rollout
+
+OFFLINE = {"cpq": cpq, "bear_lag": bear_lag, "bc_safe": bc_safe}
+
+
+@dataclass(frozen=True)
+class OnlineArgs:
+    """phase 3, online"""
+
+    iterations: int = 50
+    """rounds of episodes and gradient steps (release: 100, or 1,000 on Ant and Velocity tasks)"""
+    episodes_per_iter: int = 5
+    """parallel episodes per iteration, and per batch of costs for the multiplier (Marvel: 5)"""
+    updates_per_iter: int = 200
+    """gradient steps per iteration (release: 20)"""
+    batch_size: int = 128
+    """transitions per gradient step (release: 64)"""
+    buffer_size: int = 1_000_000
+    """replay capacity, transitions"""
+    replay: Literal["online", "mixed"] = "online"
+    """batches from online transitions (Marvel), or half of each from the dataset"""
+    actor_lr: float = 5e-5
+    """Adam step size of the actor (release: 2e-6 to 1e-3, by task)"""
+    actor_schedule: Literal["cosine", "constant"] = "cosine"
+    """the actor's step size falls to zero as a cosine, so that policy and multiplier come to rest, or stays (release)"""
+    critic_lr: float = 5e-4
+    """Adam step size of the reward critics (release: 5e-4 to 1e-2, by task)"""
+    cost_critic_lr: float | None = None
+    """Adam step size of the cost critic (default: critic_lr; release: 8e-4 to 1e-2, by task)"""
+    actor_critics: Literal["online", "target"] = "online"
+    """critics in the actor's loss (release: target)"""
+    entropy_weight: float = 0.003
+    """alpha, scaled reward per nat (release: 5e-5 to 5e-3, by task)"""
+    actor_warmup: int = 5
+    """iterations in which only the critics learn (paper, release: 0)"""
+    anchor_weight: float = 0.2
+    """weight of KL(pi | offline policy), scaled reward per nat (paper, release: 0)"""
+    anchor_decay: float = 0.7
+    """share of the iterations after which the anchor, weakening linearly, would be gone"""
+    anchor_floor: float = 0.1
+    """share of the anchor's weight that stays"""
+    evals: int = 5
+    """evaluations, evenly spaced, the last at the end"""
+
+
+@dataclass(frozen=True)
+class FinetuneArgs(
+    EvalArgs, LagrangianArgs, OnlineArgs, bc_safe.CloningArgs, bear_lag.BearArgs, cpq.CPQArgs, NetworkArgs, RunArgs
+):  # fmt: skip
+    """this algorithm"""
+
+    preset: Literal["suite", "release"] = "suite"
+    """whole configuration: this suite's, or that of Marvel's paper and code; the command line goes before it"""
+    offline: Literal["cpq", "bear_lag", "bc_safe"] = "cpq"
+    """phase 1: offline algorithm; bc_safe leaves no critics, so these start from new ones"""
+
+
+# ---------------------------------------------------------------- presets: whole configurations
+
+_SLOW_GAINS = dict(kp=0.002, ki=0.0002, kd=0.001)
+SUITE: dict[str, dict] = {  # per task, where the defaults do not do; the same for every algorithm
+    "SafetyAntRun": cpq.SUITE["SafetyAntRun"]
+    | dict(iterations=160, updates_per_iter=600, batch_size=256, actor_lr=3e-4, max_multiplier=2.0, **_SLOW_GAINS),
+    "SafetyCarRun": cpq.SUITE["SafetyCarRun"] | _SLOW_GAINS,  # Marvel at the default gains: 825 / 20, at these 822 / 14
+    "SafetyPointRun": _SLOW_GAINS,  # Marvel at the default gains: 817 / 19, at these 818 / 9
+}
+
+
+def _task(actor_lr: float, critic_lr: float, cost_critic_lr: float, entropy_weight: float, episodes: int) -> dict:
+    rates = dict(actor_lr=actor_lr, critic_lr=critic_lr, cost_critic_lr=cost_critic_lr, entropy_weight=entropy_weight)
+    return rates | dict(iterations=episodes // 5)
+
+
+RELEASE: dict[str, dict] = {  # Marvel's release; tasks that are not its own have BallCircle's numbers
+    "*": cpq.RELEASE
+    | dict(
+        actor_warmup=0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
+        actor_critics="target", max_multiplier=float("inf"), multiplier_updates=20, gain_rule="release", lagrangian="apid",
+    )
+    | _task(5e-5, 5e-3, 5e-3, 1e-3, 500),
+    "bullet/SafetyBallCircle": _task(5e-5, 5e-3, 5e-3, 1e-3, 500),
+    "bullet/SafetyBallRun": _task(1e-5, 5e-3, 5e-3, 1e-3, 500),
+    "bullet/SafetyCarCircle": _task(5e-4, 5e-3, 8e-3, 1e-3, 500),
+    "bullet/SafetyCarRun": _task(5e-5, 5e-3, 8e-3, 5e-3, 500),
+    "bullet/SafetyDroneCircle": _task(5e-6, 8e-4, 2e-3, 5e-3, 1000),
+    "bullet/SafetyDroneRun": _task(2e-6, 8e-3, 5e-3, 1e-3, 5000),
+    "bullet/SafetyAntCircle": _task(5e-5, 5e-4, 8e-4, 5e-5, 5000),
+    "bullet/SafetyAntRun": _task(5e-5, 2e-3, 5e-3, 1e-4, 5000),
+    "SafetySwimmerVelocity": _task(1e-5, 5e-4, 8e-4, 1e-4, 2000),
+    "SafetyHalfCheetahVelocity": _task(1e-3, 1e-2, 1e-2, 5e-3, 5000),
+    "SafetyHopperVelocity": _task(1e-3, 1e-2, 1e-2, 5e-3, 5000),
+}  # fmt: skip
+PRESETS = {"suite": SUITE, "release": RELEASE}
+
+# ---------------------------------------------------------------- phase 1
+
+
+def prepare(algo: str, args, multiples: dict[str, int] | None = None) -> Run:
+    """Checks the arguments; environment, dataset and run folder."""
+    logbook.check_numbers(args, {"offline_steps": CHUNK} | (multiples or {}))
+    return training.prepare(algo, args, cloned=getattr(OFFLINE[args.offline], "cloned", None))
+
+
+def pretrain(run: Run) -> dict:
+    """Phase 1: {"actor", "critics"} of the offline algorithm that --offline names; new critics where it has none."""
+    params = OFFLINE[run.args.offline].pretrain(run)
+    if "critics" in params:
+        return params
+    networks = training.make_networks(run.args, run.env)
+    init = vmap_seeds(lambda key: training.init_params(key, networks, run.critic_obs_size)["critics"])
+    return params | {"critics": init(run.keys("init"))}
+
+
+# ---------------------------------------------------------------- phase 3
+
+
+def make_optimizers(args: OnlineArgs) -> dict:
+    """One Adam each for the actor and for both critics."""
+    steps = max(1, args.iterations - args.actor_warmup) * args.updates_per_iter
+    actor = optax.adam(training.step_size(args.actor_lr, args.actor_schedule, steps))
+    return {"actor": actor, "critics": training.critic_adam(args.critic_lr, args.cost_critic_lr)}
+
+
+def anchor_weight(n, args: OnlineArgs):
+    """Of iteration n: falls linearly, towards 0 after `anchor_decay` of the iterations, down to `anchor_floor` of its start."""
+    return args.anchor_weight * jnp.maximum(args.anchor_floor, 1.0 - n / (args.anchor_decay * args.iterations))
+
+
+def freeze_actor(new: Learner, old: Learner, frozen) -> Learner:
+    """`new`, but with the actor of `old` and its optimiser's state where `frozen`."""
+    keep = lambda new, old: new | {"actor": jax.tree.map(partial(jnp.where, frozen), old["actor"], new["actor"])}
+    return Learner(keep(new.params, old.params), new.targets, keep(new.optimizers, old.optimizers))
+
+
+def train_online(
+    learner: Learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, n, step: Callable, args
+):
+    """Iteration n: inserts what was collected, moves the multiplier by the episodes that ended, takes `updates_per_iter` steps."""
+    replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
+    multiplier = update_multiplier(multiplier, ended.means()["cost"], args)
+
+    def one(learner, key):
+        key_online, key_offline, key_step = jax.random.split(key, 3)
+        if args.replay == "online":
+            batch = sample_recent(key_online, replay, args.batch_size)
+        else:
+            half = sample_recent(key_online, replay, args.batch_size // 2)
+            rest = sample(key_offline, data, args.batch_size - args.batch_size // 2, data.reward.shape[0])
+            batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), half, rest)
+        after, info = step(learner, multiplier.value, anchor_weight(n, args), batch, key_step)
+        return freeze_actor(after, learner, n <= args.actor_warmup), info
+
+    learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_iter))
+    return learner, multiplier, replay, jax.tree.map(jnp.mean, info)
+
+
+def finetune(
+    run: Run,
+    params: dict,
+    step: Callable,
+    behaviour: Callable,
+    evaluated: Callable,
+    curriculum: Any = (),
+    advance: Callable | None = None,
+) -> dict:
+    """The online phase; (seeds, ...) parameters after it, with the last "multiplier" beside them.
+
+    Args:
+      params: {"actor", "critics", "prior"} to start from; the prior is frozen.
+      step: (learner, multiplier, anchor weight, minibatch, key, networks, optimizers, args) -> (learner, {column: value}).
+      behaviour: (params, multiplier, curriculum) -> policy(obs, key, elapsed) that collects episodes.
+      evaluated: (params, multiplier) -> policy(obs, key) that evaluations show.
+      curriculum, advance: what the behaviour depends on beside them, and (curriculum, means of the episodes, n) -> curriculum.
+    """
+    args, log, env, before = run.args, run.log, run.env, run.log.steps_before("online")
+    networks, optimizers = training.make_networks(args, env), make_optimizers(args)
+    step = partial(step, networks=networks, optimizers=optimizers, args=args)
+    learner = vmap_seeds(partial(training.init_learner, optimizers=optimizers))(params)
+    per_iter = args.episodes_per_iter * env.horizon
+    capacity = min(max(1, args.buffer_size // per_iter), args.iterations) * per_iter
+    replay = vmap_seeds(lambda _: empty_replay(capacity, run.critic_obs_size, env.action_size))(run.roots)
+    rollout = vmap_seeds(lambda key: start_rollout(key, env, args.episodes_per_iter))(run.keys("collect"))
+    multiplier = vmap_seeds(lambda _: init_multiplier(args))(run.roots)
+    gather = vmap_seeds(
+        lambda params, multiplier, curriculum, rollout, key: collect(
+            rollout, behaviour(params, multiplier, curriculum), key, env, env.horizon
+        )
+    )
+    train = vmap_seeds(partial(train_online, step=step, args=args), (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
+    show = training.make_evaluator(run, evaluated)
+    evaluate_after = training.evaluation_blocks(args.iterations, args.evals)
+    advance = vmap_seeds(advance, (0, 0, None)) if advance else lambda curriculum, episodes, n: curriculum
+
+    def block(n, carry):
+        learner, multiplier, replay, rollout, curriculum = carry
+        steps = {"gradient_steps": before + n * args.updates_per_iter, "env_steps": n * per_iter}
+        if n == 0:
+            return carry
+        rollout, new, ended = gather(learner.params, multiplier.value, curriculum, rollout, run.keys("collect", n))
+        curriculum = advance(curriculum, ended.means(), n)
+        learner, multiplier, replay, info = train(learner, multiplier, replay, run.data, new, ended, run.keys("online", n), n)
+        kp, ki, kd = multiplier.gains.T
+        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+        if n in evaluate_after:
+            policy = learner.params, multiplier.value
+            show("online", policy, steps["gradient_steps"], n == args.iterations, **steps, multiplier=multiplier.value)
+        return learner, multiplier, replay, rollout, curriculum
+
+    carry = (learner, multiplier, replay, rollout, curriculum)
+    learner, multiplier, *_ = log.run("online", args.iterations, carry, block, unit="iterations")
+    return learner.params | {"multiplier": multiplier.value}
+
+
+def sampled(networks: Networks) -> Callable:
+    """The behaviour of most algorithms: a sample of the actor's policy."""
+
+    def behaviour(params, multiplier, curriculum):
+        policy = training.evaluated_policy(networks.actor, params["actor"], "sample")
+        return lambda obs, key, elapsed: policy(obs, key)
+
+    return behaviour
+
+
+def of_actor(networks: Networks, eval_policy: str) -> Callable:
+    """What evaluations of most algorithms show: the actor's policy."""
+    return lambda params, multiplier: training.evaluated_policy(networks.actor, params["actor"], eval_policy)

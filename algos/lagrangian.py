@@ -1,0 +1,107 @@
+"""The multiplier lambda of the Lagrangian: dual ascent, PID and Marvel's adaptive PID, one update per batch of episodes.
+
+    d' = (1 - reserve) d                      what the controller aims at; J_c: mean cost of the newest episodes
+    e = J_c - d';  P = EMA(e)
+    I <- clip(I + Ki e, 0, max_multiplier)
+    D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago)
+    lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
+    aPID, from the mean m and the standard deviation s of the last `gain_window` costs:
+    Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d';  each within [K0 / gain_bound, K0 gain_bound]
+
+Sources: PID-Lagrangian (Stooke, Achiam, Abbeel; arXiv 2007.03964), aPID (Marvel; arXiv 2412.04426). lambda counts scaled reward
+per unit of cost. With --cost-limit inf there is no constraint: lambda stays where it starts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class LagrangianArgs:
+    """multiplier"""
+
+    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
+    """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
+    kp: float = 0.02
+    """initial proportional gain, lambda per unit of episode cost (Marvel publishes no initial gains)"""
+    ki: float = 0.002
+    """initial integral gain, per multiplier update"""
+    kd: float = 0.01
+    """initial derivative gain"""
+    reserve: float = 0.4
+    """share of the cost limit that the controller leaves unused: it aims at (1 - reserve) d (Marvel: 0)"""
+    init_multiplier: float = 0.0
+    """lambda at the start (the integral's initial value)"""
+    max_multiplier: float = 0.5
+    """upper bound of the integral and of lambda (Marvel: none; inf)"""
+    pid_decay: float = 0.8
+    """decay of the moving averages of error and cost"""
+    pid_delay: int = 5
+    """multiplier updates between the two averages that the derivative compares"""
+    gain_rates: tuple[float, float, float] = (0.05, 0.02, 0.02)
+    """a, b, c: how fast Kp, Ki, Kd adapt (apid)"""
+    gain_window: int = 5
+    """multiplier updates whose costs set the gains (apid)"""
+    gain_rule: Literal["paper", "release"] = "paper"
+    """apid's factors: as above (paper), or without tanh and divided by m instead of d' (release)"""
+    gain_bound: float = 10.0
+    """apid's gains stay within this factor of the initial ones (Marvel's bounds are not public; inf: none)"""
+    multiplier_updates: int = 1
+    """updates of the multiplier per batch of episodes, all from the same cost (release: 20, one per gradient step)"""
+
+
+class Multiplier(NamedTuple):
+    """State of the controller."""
+
+    value: jax.Array  # () lambda
+    integral: jax.Array  # ()
+    error_ema: jax.Array  # ()
+    cost_emas: jax.Array  # (pid_delay + 1,), newest first
+    costs: jax.Array  # (gain_window,) newest first, NaN where not yet measured
+    gains: jax.Array  # (3,) Kp, Ki, Kd
+
+
+def init_multiplier(args) -> Multiplier:
+    """The controller before the first episode; `args` has the fields of LagrangianArgs."""
+    scale = {"dual": (0.0, 1.0, 0.0), "pid10": (10.0, 10.0, 10.0)}.get(args.lagrangian, (1.0, 1.0, 1.0))
+    gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
+    start, unknown = jnp.float32(args.init_multiplier), jnp.float32(jnp.nan)
+    return Multiplier(start, start, unknown, jnp.full(args.pid_delay + 1, unknown), jnp.full(args.gain_window, unknown), gains)
+
+
+def update_multiplier(m: Multiplier, cost: jax.Array, args) -> Multiplier:
+    """The controller after a batch of newly ended episodes of mean cost `cost` (); see the equations above."""
+    for _ in range(args.multiplier_updates):
+        m = _update(m, cost, args)
+    return m
+
+
+def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
+    limit, decay = (1.0 - args.reserve) * args.cost_limit, args.pid_decay
+    if math.isinf(args.cost_limit):  # no constraint
+        return m
+    error = cost - limit
+    ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
+    error_ema = ema(m.error_ema, error)
+    cost_emas = jnp.concatenate([ema(m.cost_emas[0], cost)[None], m.cost_emas[:-1]])
+    costs = jnp.concatenate([cost[None], m.costs[:-1]])
+    kp, ki, kd = m.gains
+    integral = jnp.clip(m.integral + ki * error, 0.0, args.max_multiplier)
+    derivative = jnp.maximum(0.0, jnp.nan_to_num(cost_emas[0] - cost_emas[-1]))
+    value = jnp.clip(kp * error_ema + integral + kd * derivative, 0.0, args.max_multiplier)
+    gains = m.gains
+    if args.lagrangian == "apid":
+        initial, mean, std = init_multiplier(args).gains, jnp.nanmean(costs), jnp.nanstd(costs)
+        a, b, c = args.gain_rates
+        if args.gain_rule == "paper":
+            unit = max(limit, 1.0)
+            factors = 1 + a * jnp.tanh((mean - limit) / unit), 1 + b * (mean - limit) / unit, 1 + c * std / unit
+        else:
+            unit = jnp.maximum(mean, 1.0)
+            factors = 1 + a * (mean - limit) / unit, 1 + b * (mean - limit) / unit, 1 + c * std / unit
+        gains = jnp.clip(gains * jnp.stack(factors), initial / args.gain_bound, initial * args.gain_bound)
+    return Multiplier(value, integral, error_ema, cost_emas, costs, gains)

@@ -1,0 +1,158 @@
+"""The networks that every algorithm is built from, and the densities of their outputs: policy, critic ensemble, VAE.
+
+`obs_size` is the length of the observation; critics may be given more (what the cost depends on but the observation lacks,
+behind the first `obs_size` entries), policies and VAE never look at it.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def symlog(x: jax.Array) -> jax.Array:
+    """sign(x) log(1 + |x|): compresses contact spikes (accelerations of 100 m/s^2) and needs no running statistics."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+class Actor(nn.Module):
+    """obs (..., o) -> mean and log standard deviation (..., a) of the Gaussian before tanh."""
+
+    hidden: tuple[int, ...]
+    obs_size: int
+    action_size: int
+    symlog: bool = True
+
+    @nn.compact
+    def __call__(self, obs):
+        x = obs[..., : self.obs_size]
+        x = symlog(x) if self.symlog else x
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        mean, raw = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
+        return mean, -5.0 + 3.5 * (1.0 + jnp.tanh(raw))  # log sigma in [-5, 2]
+
+
+class Critic(nn.Module):
+    """Q(obs (..., o), action (..., a)) -> (...,); LayerNorm after each hidden layer.
+
+    Without its learned scale and bias, which the next layer can express: their gradients, sums over the batch, took a third of a
+    gradient step on a CPU (jaxlib 0.10).
+    """
+
+    hidden: tuple[int, ...]
+    symlog: bool = True
+    layer_norm: bool = True
+
+    @nn.compact
+    def __call__(self, obs, action):
+        x = jnp.concatenate([symlog(obs) if self.symlog else obs, action], -1)
+        for width in self.hidden:
+            x = nn.Dense(width)(x)
+            x = nn.relu(nn.LayerNorm(use_bias=False, use_scale=False)(x) if self.layer_norm else x)
+        return nn.Dense(1)(x)[..., 0]
+
+
+class Ensemble(nn.Module):
+    """`size` critics with parameters of their own: (obs, action) -> (size, ...)."""
+
+    size: int
+    hidden: tuple[int, ...]
+    symlog: bool = True
+    layer_norm: bool = True
+
+    @nn.compact
+    def __call__(self, obs, action):
+        members = nn.vmap(
+            Critic, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=self.size
+        )
+        return members(self.hidden, self.symlog, self.layer_norm)(obs, action)
+
+
+class VAE(nn.Module):
+    """Conditional VAE of the dataset's actions; latent size 2 * action_size. Sees what the actor sees."""
+
+    hidden: tuple[int, ...]
+    obs_size: int
+    action_size: int
+    symlog: bool = True
+
+    def setup(self):
+        self.encoder = [nn.Dense(width) for width in self.hidden] + [nn.Dense(4 * self.action_size)]
+        self.decoder = [nn.Dense(width) for width in self.hidden] + [nn.Dense(self.action_size)]
+
+    def _obs(self, obs):
+        obs = obs[..., : self.obs_size]
+        return symlog(obs) if self.symlog else obs
+
+    def encode(self, obs, action):
+        """Mean and log standard deviation (..., 2a) of z."""
+        x = jnp.concatenate([self._obs(obs), action], -1)
+        for layer in self.encoder[:-1]:
+            x = nn.relu(layer(x))
+        mean, log_std = jnp.split(self.encoder[-1](x), 2, -1)
+        return mean, jnp.clip(log_std, -4.0, 15.0)
+
+    def decode(self, obs, z):
+        """The action (..., a) of latent z."""
+        x = jnp.concatenate([self._obs(obs), z], -1)
+        for layer in self.decoder[:-1]:
+            x = nn.relu(layer(x))
+        return jnp.tanh(self.decoder[-1](x))
+
+    def __call__(self, obs, action, key):
+        mean, log_std = self.encode(obs, action)
+        z = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+        return self.decode(obs, z), mean, log_std
+
+
+class Networks(NamedTuple):
+    """The networks of one configuration; `reward` is an ensemble whose minimum counts, `cost` an ensemble of one."""
+
+    actor: Actor
+    reward: Ensemble
+    cost: Ensemble
+    vae: VAE
+
+    def q(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
+        """min_i Q_i (...,)."""
+        return jnp.min(self.reward.apply(critics["reward"], obs, action), 0)
+
+    def qc(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
+        """Qc (...,)."""
+        return self.cost.apply(critics["cost"], obs, action)[0]
+
+
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A tanh-Gaussian action (..., a) and its log-probability (...,)."""
+    noise = jax.random.normal(key, mean.shape)
+    u = mean + jnp.exp(log_std) * noise
+    log_normal = -0.5 * jnp.square(noise) - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_det = 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))  # log(1 - tanh(u)^2), stable
+    return jnp.tanh(u), jnp.sum(log_normal - log_det, -1)
+
+
+def log_probability(action: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """log pi(action) (...,) of a tanh-Gaussian; actions at the bounds are moved inside by 1e-4."""
+    action = jnp.clip(action, -1 + 1e-4, 1 - 1e-4)
+    u = jnp.arctanh(action)
+    log_normal = -0.5 * jnp.square((u - mean) / jnp.exp(log_std)) - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    return jnp.sum(log_normal - jnp.log1p(-jnp.square(action)), -1)
+
+
+def kl_divergence(mean: jax.Array, log_std: jax.Array, prior_mean: jax.Array, prior_log_std: jax.Array) -> jax.Array:
+    """KL(pi | prior) (...,) of two tanh-Gaussians, nats: that of the Gaussians before tanh."""
+    ratio = (jnp.exp(2 * log_std) + jnp.square(mean - prior_mean)) / jnp.exp(2 * prior_log_std)
+    return jnp.sum(prior_log_std - log_std + 0.5 * (ratio - 1.0), -1)
+
+
+def latent_kl(mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """KL(N(mean, std) | N(0, I)) averaged over the latent's dimensions: (...,)."""
+    return jnp.mean(-0.5 * (1 + 2 * log_std - jnp.square(mean) - jnp.exp(2 * log_std)), -1)
+
+
+def vae_loss(params, obs: jax.Array, action: jax.Array, key: jax.Array, vae: VAE, beta: float) -> jax.Array:
+    """|a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I)), averaged over the batch (CPQ, BEAR; OSRL's beta: 0.5)."""
+    decoded, mean, log_std = vae.apply(params, obs, action, key)
+    return jnp.mean(jnp.square(decoded - action)) + beta * latent_kl(mean, log_std).mean()

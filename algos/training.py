@@ -1,0 +1,386 @@
+"""What every training script does around its algorithm: arguments, networks, optimisers, keys, evaluation, checkpoints.
+
+A script's main prepares a `Run`, carries parameters through its phases, and ends with `finish`. What is random anywhere follows
+from the seed, the name of a stream and a number (`Run.keys`), so that changing one phase leaves the others' randomness alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import envs
+from algos import logbook
+from algos.logbook import Logbook
+from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
+from algos.seeds import vmap_seeds
+from data import dsrl, public
+from data.replay import sample
+from envs import render
+from envs.rollout import Batch, evaluate
+
+CHUNK = 500  # gradient steps on a dataset between two rows of progress.csv
+STREAMS = ("init", "offline", "vpa", "online", "collect", "eval", "rank")
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """run"""
+
+    env: str = "SafetyAntRun"
+    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    seed: int = 0
+    """first seed"""
+    seeds: int = 1
+    """number of seeds, vmapped in one program"""
+    cost_limit: float = 20.0
+    """d, undiscounted cost per episode (Marvel: 20); inf: no constraint"""
+    backend: str | None = None
+    """physics backend (default: the fastest here)"""
+    runs: Path = logbook.ROOT / "runs"
+    """where run folders and offline checkpoints go"""
+    resume: bool = False
+    """go on with the newest unfinished run of this configuration, if there is one"""
+    checkpoint_seconds: float = 60.0
+    """least time between two saves of the whole state, s"""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """evaluation"""
+
+    eval_episodes: int = 20
+    """episodes per evaluation"""
+    final_eval_rounds: int = 5
+    """evaluations that the one at the end of each phase averages: the cost of 20 episodes scatters too widely to compare"""
+    eval_policy: Literal["sample", "mean"] = "sample"
+    """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action (release)"""
+    eval: Path | None = None
+    """replay this checkpoint instead of training, and print return and cost"""
+    episodes: int = 20
+    """episodes to replay with --eval"""
+    video: Path | None = None
+    """with --eval: film an episode to this .mp4 or .gif"""
+    trajectory: Path | None = None
+    """with --eval: draw episodes from above to this .png"""
+
+
+@dataclass(frozen=True)
+class ActorArgs:
+    """networks"""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """hidden layers of actor and critics (release: 256 256)"""
+    symlog: bool = True
+    """networks see sign(x) log(1 + |x|) of each observation x (paper, release: x)"""
+
+
+@dataclass(frozen=True)
+class NetworkArgs(ActorArgs):
+    """networks"""
+
+    layer_norm: bool = True
+    """LayerNorm after each hidden layer of the critics (paper, release: none)"""
+    num_critics: int = 2
+    """reward critics; the minimum counts"""
+    privileged_critic: bool = True
+    """let the critics see what the cost depends on but the observation lacks (Run: x), where it is known (paper, release: no)"""
+    gamma: float = 0.99
+    """discount of all critics (paper, release: 0.99)"""
+    tau: float = 0.02
+    """rate of the target critics' moving average (release: 0.005)"""
+    reward_scale: float | None = None
+    """factor on rewards before the critics see them (default: the task's, mostly OSRL's 0.1)"""
+    termination_cost: float = 0.0
+    """cost that the critic, not the log, charges a terminal step (paper, release: 0): dying must not be a way to be safe"""
+
+
+@dataclass(frozen=True)
+class OfflineArgs:
+    """phase 1, offline"""
+
+    dataset: Path | None = None
+    """DSRL-format HDF5 file, or dsrl/NAME for a published one (default: the task's own in data/)"""
+    terminals_are_timeouts: bool = False
+    """read the dataset's terminals as time-outs, through which critics bootstrap: for files that store them so"""
+    offline_steps: int = 10_000
+    """gradient steps (OSRL: 100,000)"""
+    offline_batch_size: int = 256
+    """transitions per gradient step (OSRL: 512)"""
+    offline_actor_lr: float = 1e-3
+    """Adam step size of the actor (OSRL: 1e-4)"""
+    offline_actor_schedule: Literal["cosine", "constant"] = "cosine"
+    """the actor's step size falls to zero as a cosine, or stays (OSRL: constant)"""
+    offline_evals: int = 2
+    """evaluations during phase 1"""
+
+
+@dataclass(frozen=True)
+class OfflineCriticArgs(OfflineArgs):
+    """phase 1, offline"""
+
+    offline_critic_lr: float = 1e-3
+    """Adam step size of critics and VAE (OSRL: 1e-3)"""
+    clip_cost_target: bool = True
+    """clip Qc' to [0, C/(1-gamma)], C the dataset's largest cost of a step (paper, OSRL: no)"""
+    vae_hidden: tuple[int, ...] = (128, 128)
+    """hidden layers of the VAE's encoder and decoder (OSRL: 400 400)"""
+    vae_beta: float = 0.5
+    """weight of the VAE's KL divergence (OSRL: 0.5)"""
+
+
+# ---------------------------------------------------------------- networks and optimisers
+
+
+class Learner(NamedTuple):
+    """Everything that gradient steps change. `params` and `optimizers` have one entry per optimiser."""
+
+    params: dict
+    targets: dict  # moving averages of params["critics"] = {"reward": ..., "cost": ...}
+    optimizers: dict
+
+
+def make_networks(args, env: envs.Env) -> Networks:
+    """The networks of NetworkArgs for a task; the VAE's sizes are those of OfflineCriticArgs, where `args` has them."""
+    vae_hidden = getattr(args, "vae_hidden", args.hidden)
+    return Networks(
+        Actor(args.hidden, env.obs_size, env.action_size, args.symlog),
+        Ensemble(args.num_critics, args.hidden, args.symlog, args.layer_norm),
+        Ensemble(1, args.hidden, args.symlog, args.layer_norm),
+        VAE(vae_hidden, env.obs_size, env.action_size, args.symlog),
+    )
+
+
+def init_params(key: jax.Array, networks: Networks, critic_obs_size: int) -> dict:
+    """Fresh {"actor", "critics": {"reward", "cost"}, "vae"}; critics see `critic_obs_size` numbers of a state."""
+    keys = jax.random.split(key, 4)
+    obs, action = jnp.zeros(networks.actor.obs_size), jnp.zeros(networks.actor.action_size)
+    seen = jnp.zeros(critic_obs_size)
+    critics = {"reward": networks.reward.init(keys[1], seen, action), "cost": networks.cost.init(keys[2], seen, action)}
+    return {"actor": networks.actor.init(keys[0], obs), "critics": critics, "vae": networks.vae.init(keys[3], obs, action, keys[3])}
+
+
+def step_size(lr: float, schedule: str, steps: int):
+    """Of one optimiser over `steps` steps: constant, or falling to zero as a cosine."""
+    return optax.cosine_decay_schedule(lr, steps) if schedule == "cosine" else lr
+
+
+def critic_adam(lr: float, cost_lr: float | None = None) -> optax.GradientTransformation:
+    """Adam for {"reward", "cost"}, with a step size of its own for the cost critic if `cost_lr` is given."""
+    if cost_lr is None or cost_lr == lr:
+        return optax.adam(lr)
+    return optax.partition({"reward": optax.adam(lr), "cost": optax.adam(cost_lr)}, {"reward": "reward", "cost": "cost"})
+
+
+def init_learner(params: dict, optimizers: dict) -> Learner:
+    """A learner with fresh optimiser states, its targets equal to its critics."""
+    return Learner(params, params.get("critics", {}), {name: opt.init(params[name]) for name, opt in optimizers.items()})
+
+
+def apply_gradient(learner: Learner, optimizers: dict, name: str, gradient) -> Learner:
+    """One optimiser step of params[name]."""
+    update, state = optimizers[name].update(gradient, learner.optimizers[name])
+    params = learner.params | {name: optax.apply_updates(learner.params[name], update)}
+    return Learner(params, learner.targets, learner.optimizers | {name: state})
+
+
+def update_targets(learner: Learner, tau: float) -> Learner:
+    """Moves the target critics towards the critics."""
+    return learner._replace(targets=optax.incremental_update(learner.params["critics"], learner.targets, tau))
+
+
+# ---------------------------------------------------------------- the run
+
+
+@partial(vmap_seeds, in_axes=(0, None, None))
+def _fold_in(root, stream, n):
+    return jax.random.fold_in(jax.random.fold_in(root, stream), n)
+
+
+class Run(NamedTuple):
+    """What main decides and the phases need."""
+
+    args: Any  # the resolved arguments
+    env: envs.Env
+    log: Logbook
+    roots: jax.Array  # (seeds,) PRNG keys; what is random anywhere follows from these
+    dataset_hash: str = ""
+    data: Batch | None = None  # all transitions of the dataset
+    cloned: Batch | None = None  # those that the offline algorithm imitates
+    max_cost: float = 1.0  # largest cost of a step in the dataset
+
+    def keys(self, stream: str, n: int = 0) -> jax.Array:
+        """(seeds,) the n-th key of a stream, the same however the run got there."""
+        return _fold_in(self.roots, STREAMS.index(stream), n)
+
+    @property
+    def critic_obs_size(self) -> int:
+        return self.env.obs_size + self.env.privileged_size
+
+
+def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = None) -> Run:
+    """Environment, dataset and run folder; whatever is wrong with the arguments is said before anything is written.
+
+    `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates.
+    """
+    privileged = getattr(args, "privileged_critic", False)
+    env = envs.make(args.env, args.backend, privileged=privileged)
+    args = replace(args, env=env.name)
+    if hasattr(args, "reward_scale"):
+        args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    roots = jax.vmap(jax.random.key)(jnp.array(seeds))
+    if not dataset:
+        return Run(args, env, Logbook(algo, env.name, asdict(args), seeds), roots)
+    loaded, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
+    path = about["path"]
+    if args.terminals_are_timeouts:
+        loaded = dsrl.as_timeouts(loaded)
+    dsrl.check_episodes(loaded, path, env.horizon)
+    if loaded.privileged is None or not privileged:
+        env = envs.make(args.env, args.backend)
+    else:
+        loaded = dsrl.widened(loaded, env.privileged_size, path)
+    flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
+    data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
+    chosen = None if cloned is None else cloned(loaded, args, path)
+    imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
+    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit))
+    return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()))
+
+
+def finish(run: Run, params: dict) -> None:
+    """One checkpoint per seed; curves and summary."""
+    run.log.save_seeds([run.log.folder / f"checkpoint-seed{seed}.safetensors" for seed in run.log.seeds], params)
+    run.log.close()
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluated_policy(actor: Actor, params, eval_policy: str) -> Callable:
+    """The policy (obs, key) -> action that evaluations show: a sample, or the mean action."""
+
+    def policy(obs, key):
+        mean, log_std = actor.apply(params, obs)
+        return sample_action(key, mean, log_std)[0] if eval_policy == "sample" else jnp.tanh(mean)
+
+    return policy
+
+
+def evaluation_blocks(blocks: int, n: int) -> set[int]:
+    """The blocks after which the n evaluations of a phase come: evenly spaced, the last at the end."""
+    return set(np.linspace(0, blocks, n + 1).round().astype(int).tolist()[1:])
+
+
+def make_evaluator(run: Run, policy: Callable) -> Callable:
+    """A function that evaluates `policy(*params)` of every seed and logs the means.
+
+    The last evaluation of a phase is the mean of `final_eval_rounds` rounds. Its keys are numbered by `n` (gradient steps).
+    """
+    args, log = run.args, run.log
+    means = vmap_seeds(lambda params, key: evaluate(policy(*params), key, run.env, args.eval_episodes).means())
+
+    def show(phase: str, params: tuple, n: int, last: bool, **columns) -> None:
+        rounds = [means(params, run.keys("eval", n + i)) for i in range(args.final_eval_rounds if last else 1)]
+        values = {k: sum(r[k] for r in rounds) / (1 if k == "episodes" else len(rounds)) for k in rounds[0]}
+        log.log(phase, "eval", **columns, **values)
+
+    return show
+
+
+def load_policy(path: Path) -> tuple[dict, dict]:
+    """(arrays, meta) of a checkpoint that holds a policy."""
+    arrays, meta = logbook.load(path)
+    if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
+        raise logbook.BadInput(f"{path}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
+    return arrays, meta
+
+
+def replay_checkpoint(args) -> None:
+    """--eval: prints return and cost of a checkpoint's policy."""
+    arrays, meta = load_policy(args.eval)
+    env = envs.make(meta["env"], args.backend)
+    actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
+    template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
+    show_episodes(args, env, evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy))
+
+
+def show_episodes(args, env: envs.Env, policy: Callable) -> None:
+    """Return and cost of a policy over --episodes; its --trajectory and --video."""
+    key = jax.random.key(args.seed)
+    means = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(key)
+    print(f"{env.name}: {args.episodes} episodes, return {means['return']:.1f}, cost {means['cost']:.1f}")
+    for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
+        if path:
+            print(draw(env, policy, key, path))
+
+
+# ---------------------------------------------------------------- training on a dataset
+
+
+def train_on_dataset(learner, data: tuple[Batch, ...], key, step: Callable, batch_size: int, steps: int):
+    """`steps` times `step(learner, minibatches, key)` with a minibatch of each of `data`; the mean of what the steps report."""
+
+    def one(learner, key):
+        *keys, key_step = jax.random.split(key, len(data) + 1)
+        batches = tuple(sample(k, d, batch_size, d.reward.shape[0]) for k, d in zip(keys, data, strict=True))
+        return step(learner, batches, key_step)
+
+    learner, info = jax.lax.scan(one, learner, jax.random.split(key, steps))
+    return learner, jax.tree.map(jnp.mean, info)
+
+
+# Arguments on which the rows of an offline checkpoint depend, whatever the algorithm.
+COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog offline_steps offline_batch_size offline_actor_lr offline_actor_schedule".split()
+COMMON_RECIPE += "offline_evals eval_episodes final_eval_rounds eval_policy".split()
+CRITIC_RECIPE = "layer_norm num_critics privileged_critic gamma tau reward_scale termination_cost offline_critic_lr".split()
+CRITIC_RECIPE += "clip_cost_target vae_hidden vae_beta".split()
+
+
+def pretrain(
+    run: Run, algo: str, version: int, recipe: list[str], init: Callable, step: Callable, data: tuple[Batch, ...], actor: Actor
+) -> dict:
+    """Phase 1: (seeds, ...) parameters after `offline_steps` of `step` on the dataset, from one checkpoint per seed.
+
+    What is missing is made. A checkpoint lies under RUNS/ENV/offline/ALGO/ and is named by its recipe: the arguments in `recipe`,
+    the dataset's hash, and `version`, which is raised whenever the same arguments give other numbers.
+
+    Args:
+      init: key -> Learner.
+      step: (learner, minibatches, key) -> (learner, {column: value}), with a minibatch of each of `data`.
+    """
+    args, log = run.args, run.log
+    about = {name: asdict(args)[name] for name in recipe} | {"dataset": run.dataset_hash, "version": version}
+    paths = [logbook.offline_path(args.runs, run.env.name, algo, about, seed) for seed in log.seeds]
+    learner = vmap_seeds(init)(run.keys("init"))
+    if all(path.exists() for path in paths) and not log.resuming("offline"):
+        params = logbook.load_seeds(paths, learner.params)
+        log.repeat(paths)
+        return params
+    train = partial(train_on_dataset, step=step, batch_size=args.offline_batch_size, steps=CHUNK)
+    train = vmap_seeds(train, (0, None, 0), donate_argnums=0)
+    show = make_evaluator(run, lambda params: evaluated_policy(actor, params, args.eval_policy))
+    blocks = args.offline_steps // CHUNK
+    evaluate_after = evaluation_blocks(blocks, args.offline_evals) | {0}
+
+    def block(n, carry):
+        (learner,), steps = carry, {"gradient_steps": n * CHUNK, "env_steps": 0}
+        if n:
+            learner, info = train(learner, data, run.keys("offline", n))
+            log.log("offline", "train", **steps, **info)
+        if n in evaluate_after:
+            show("offline", (learner.params["actor"],), n * CHUNK, n == blocks, **steps)
+        if n == blocks:
+            log.save_seeds(paths, learner.params, {"recipe": about})
+        return (learner,)
+
+    return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
