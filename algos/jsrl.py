@@ -59,6 +59,8 @@ class Args(FinetuneArgs):
     """share of the iterations after which the guide plays no more, whatever was reached"""
 
 
+PRESETS = finetuning.PRESETS
+
 # ---------------------------------------------------------------- the guide's share
 
 
@@ -167,4 +169,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logbook.command(main, Args, finetuning.PRESETS)
+    logbook.command(main, Args, PRESETS)

@@ -43,6 +43,8 @@ class Args(FinetuneArgs):
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
 
 
+PRESETS = finetuning.PRESETS
+
 # ---------------------------------------------------------------- losses
 
 
@@ -111,4 +113,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logbook.command(main, Args, finetuning.PRESETS)
+    logbook.command(main, Args, PRESETS)

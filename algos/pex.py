@@ -51,6 +51,8 @@ class Args(FinetuneArgs):
     """T of the choice between the two policies, in units of scaled reward"""
 
 
+PRESETS = finetuning.PRESETS
+
 # ---------------------------------------------------------------- the expanded policy
 
 
@@ -172,4 +174,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logbook.command(main, Args, finetuning.PRESETS)
+    logbook.command(main, Args, PRESETS)

@@ -192,6 +192,20 @@ def test_a_seed_among_others_is_the_seed_alone(place, finished, seeds, devices):
     assert compared == 9
 
 
+@pytest.mark.parametrize("offline", ["bear_lag", "bc_safe"])
+def test_finetuning_from_another_offline_algorithm(offline, place, finished):
+    """Its checkpoint is taken up where it is, and made where it is not."""
+    finished(offline)
+    words = f"{ONLINE} --offline {offline}"
+    done = script("naive_o2o", words, place / "runs", place)
+    assert done.returncode == 0 and "offline phase from" in done.stderr, done.stderr[-3000:]
+    made = rows(run_folder(place / "runs", "naive_o2o"))
+    done = script("naive_o2o", words, place / f"runs-{offline}", place)
+    assert done.returncode == 0 and "offline phase from" not in done.stderr, done.stderr[-3000:]
+    drop = lambda table: [{k: v for k, v in row.items() if k != "commit"} for row in table]
+    assert drop(rows(run_folder(place / f"runs-{offline}", "naive_o2o"))) == drop(made)
+
+
 @pytest.mark.parametrize("algo", ["marvel", "pex"])
 def test_eval_replays_a_checkpoint(algo, place, finished):
     _, folder = finished(algo)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import bc_safe, bear_lag, cpq, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2
+from algos import bc_safe, bear_lag, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2
 from data import dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,6 +293,8 @@ def cases():
         yield name, "--eval-episodes 0", ("--eval-episodes",)
         yield name, "--nonsense 3", ("--nonsense",)
         yield name, "--seeds many", ("--seeds", "many")
+        yield name, "--seed 4294967296", ("--seed", "2147483648")
+        yield name, "--seed 2147483640 --seeds 9", ("--seed", "2147483648")
     for name in OFFLINE:
         yield name, "--dataset nowhere.hdf5", ("nowhere.hdf5",)
         yield name, "--offline-steps 750", ("--offline-steps", "500")
@@ -302,12 +304,18 @@ def cases():
         yield name, "--iterations 0", ("--iterations",)
         yield name, "--batch-size -1", ("--batch-size",)
         yield name, "--lagrangian none", ("--lagrangian", "apid")
-        yield name, "--offline bear_lag", ("bear_lag.py", "SafetyPointRun")
+        yield name, "--offline sarsa", ("--offline", "bc_safe")
+        yield name, "--preset paper", ("--preset", "release")
+        yield name, "--batch-size 4294967296", ("--batch-size", "2147483648")
     yield "marvel", "--dataset .", (".",)
     yield "marvel", "--dataset broken.hdf5", ("broken.hdf5",)
     yield "marvel", "--dataset cut.hdf5", ("cut.hdf5",)
     yield "marvel", "--dataset nan.hdf5", ("nan.hdf5", "NaN")
     yield "marvel", "--dataset cheetah.hdf5", ("cheetah.hdf5",)
+    yield "marvel", "--dataset endless.hdf5", ("endless.hdf5", "episode", "timeouts")
+    yield "marvel", "--dataset unsafe.hdf5", ("unsafe.hdf5", "--cloning-weight 0")
+    yield "bc_safe", "--dataset unsafe.hdf5", ("unsafe.hdf5", "--cost-limit")
+    yield "marvel", "--actor-lr inf", ("--actor-lr", "finite")
     yield "marvel", "--dataset dsrl/NoSuchData", ("NoSuchData",)
     yield "marvel", "--dataset point.hdf5 --cost-limit 0.0 --env SafetyAntRun", ("point.hdf5",)
     yield "marvel", "--vpa-steps 750", ("--vpa-steps",)
@@ -342,27 +350,54 @@ def bad_files(place):
         del file["rewards"]
         file["rewards"] = broken
     shutil.copy(dsrl.default_path("SafetyHalfCheetahVelocity"), place / "cheetah.hdf5")
+    few = dataset._replace(**{k: v[:2000] for k, v in dataset._asdict().items() if v is not None})
+    dsrl.save(place / "endless.hdf5", few._replace(terminals=0 * few.terminals, timeouts=0 * few.timeouts), {"env": ENV})
+    dsrl.save(place / "unsafe.hdf5", few._replace(costs=np.ones_like(few.costs)), {"env": ENV})
     return place
 
 
 def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
-    parsed = lambda words: logbook.parse(marvel.Args, words.split(), marvel.TUNED)
-    tuned = marvel.TUNED["SafetyAntRun"]
-    assert tuned and all(getattr(marvel.Args(), name) != value for name, value in tuned.items())
+    parsed = lambda words: logbook.parse(marvel.Args, words.split(), marvel.PRESETS)
+    own = finetuning.SUITE["SafetyAntRun"]
+    assert own and all(getattr(marvel.Args(), name) != value for name, value in own.items())
     for name in ("SafetyAntRun", "SafetyAntRun0-v0"):
-        assert parsed(f"--env {name}") == replace(marvel.Args(env=name), **tuned)
-    assert parsed("") == replace(marvel.Args(), **tuned)  # AntRun is the default task
+        assert parsed(f"--env {name}") == replace(marvel.Args(env=name), **own)
+    assert parsed("") == replace(marvel.Args(), **own)  # AntRun is the default task
     assert parsed("--env SafetyHalfCheetahVelocity") == marvel.Args(env="SafetyHalfCheetahVelocity")
-    assert parsed("--actor-lr 0.3 --seeds 2") == replace(marvel.Args(seeds=2), **tuned | {"actor_lr": 0.3})
+    assert parsed("--actor-lr 0.3 --seeds 2") == replace(marvel.Args(seeds=2), **own | {"actor_lr": 0.3})
 
 
 @pytest.mark.parametrize("module", [cpq, naive_o2o, jsrl, pex, so2], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("task", marvel.TUNED)
-def test_baselines_start_from_the_same_offline_settings(module, task):
-    offline = lambda args: {field: getattr(args, field) for field in cpq.OFFLINE_FIELDS if field != "env"}
-    parsed = lambda m: offline(logbook.parse(m.Args, ["--env", task], m.TUNED))
-    own = marvel.TUNED[task].keys() & set(cpq.OFFLINE_FIELDS)
-    assert parsed(module) == parsed(marvel) and (parsed(marvel) != offline(marvel.Args())) == bool(own)
+@pytest.mark.parametrize("task", finetuning.SUITE)
+@pytest.mark.parametrize("preset", ["suite", "release"])
+def test_baselines_start_from_the_same_offline_settings(module, task, preset):
+    offline = lambda args: {field: getattr(args, field) for field in cpq.RECIPE}
+    parsed = lambda m: offline(logbook.parse(m.Args, ["--env", task, "--preset", preset], m.PRESETS))
+    assert parsed(module) == parsed(marvel)
+
+
+def test_the_release_preset_is_what_the_docstrings_say():
+    """Value by value: the tables of marvel.py and cpq.py against the arguments that --preset release resolves to."""
+    words = ["--preset", "release", "--env", "bullet/SafetyCarRun"]
+    args = logbook.parse(marvel.Args, words, marvel.PRESETS)
+    written = {
+        "vpa_entropy": "batch_mean", "vpa_steps": 20_000, "vpa_batch_size": 64, "tau": 0.005, "multiplier_updates": 20,
+        "gain_rule": "release", "max_multiplier": float("inf"), "reserve": 0.0, "anchor_weight": 0.0, "actor_warmup": 0,
+        "updates_per_iter": 20, "batch_size": 64, "actor_schedule": "constant", "actor_critics": "target", "symlog": False,
+        "layer_norm": False, "hidden": (256, 256), "privileged_critic": False, "termination_cost": 0.0, "eval_policy": "mean",
+        "ood_gradient": False, "ood_states": 0, "ood_quantile": 0.0, "one_sided_penalty": False, "clip_cost_target": False,
+        "cloning_weight": 0.0, "vae_hidden": (400, 400), "offline_steps": 100_000, "offline_batch_size": 512,
+        "offline_actor_lr": 1e-4, "offline_actor_schedule": "constant", "lagrangian": "apid", "vpa_alpha_reward": 0.0,
+        "vpa_alpha_cost": 0.0,
+        # the release's row of this task
+        "actor_lr": 5e-5, "critic_lr": 5e-3, "cost_critic_lr": 8e-3, "entropy_weight": 5e-3, "iterations": 100,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in written} == written
+    text = marvel.__doc__ + cpq.__doc__
+    for name in written.keys() - {"offline_batch_size", "lagrangian", "vpa_alpha_reward", "vpa_alpha_cost", "actor_lr", "critic_lr", "entropy_weight", "batch_size"}:
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in text or f"--no-{flag}" in text, name
+    assert logbook.parse(marvel.Args, [*words, "--reserve", "0.2"], marvel.PRESETS).reserve == 0.2
 
 
 def test_there_are_enough_cases():
@@ -374,21 +409,45 @@ def test_bad_input(algo, words, texts, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     module, runs = ALGOS[algo], bad_files / "refused"
     with pytest.raises(SystemExit) as stop:
-        logbook.command(module.main, module.Args, ["--env", ENV, "--runs", str(runs), *words.split()])
+        logbook.command(module.main, module.Args, words=["--env", ENV, "--runs", str(runs), *words.split()])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1, err
     assert err.startswith("error: ") and all(text in err for text in texts), err
     assert not runs.exists()  # refused before anything was written
 
 
-@pytest.mark.parametrize("field, value", [("env", "SafetyCarRun"), ("cost_limit", 99.0), ("hidden", [64, 64]), ("dataset", "0" * 64)])
-def test_offline_checkpoint_of_another_kind(field, value, place, tmp_path):
-    """`--offline bear_lag` takes no checkpoint of another environment, limit, network size or dataset."""
-    recipe = {"env": ENV, "cost_limit": 20.0, "hidden": [128, 128], "dataset": dsrl.sha256(place / "point.hdf5")}
-    wanted = dict(recipe)
-    path = logbook.offline_path(tmp_path, ENV, "bear_lag", recipe, 0)
-    logbook.save(path, {"actor": np.zeros(3)}, {"recipe": recipe | {field: value}, "rows": []})
-    with pytest.raises(logbook.BadInput, match="bear_lag.py"):
-        logbook.newest_offline(tmp_path, ENV, "bear_lag", 0, wanted)
-    logbook.save(path, {"actor": np.zeros(3)}, {"recipe": recipe, "rows": []})
-    assert logbook.newest_offline(tmp_path, ENV, "bear_lag", 0, wanted) == path
+# ---------------------------------------------------------------- odd input that is met
+
+
+def tiny(place, tmp_path, words):
+    """The rows of a tiny run of marvel.py, and what it said."""
+    process = start("marvel", tmp_path / "runs", place, words)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err[-2000:]
+    with open(folder_of(tmp_path / "runs", "marvel") / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file)), err
+
+
+@pytest.mark.parametrize("offline", ["cpq", "bear_lag"])
+def test_without_a_constraint(place, tmp_path, offline):
+    rows, _ = tiny(place, tmp_path, f"--cost-limit inf --offline {offline}")
+    assert rows[-1]["phase"] == "online" and rows[-1]["cost_limit"] == "inf"
+    assert {float(row["multiplier"]) for row in rows if row["phase"] == "online"} == {0.0}
+    assert all(float(row["q"]) == float(row["q"]) for row in rows if row["event"] == "train")
+    assert (folder_of(tmp_path / "runs", "marvel") / "curves.png").exists()
+
+
+def test_a_dataset_without_a_safe_trajectory_trains_without_cloning(bad_files, tmp_path):
+    rows, _ = tiny(bad_files, tmp_path, "--dataset unsafe.hdf5 --cloning-weight 0")
+    assert rows[-1]["phase"] == "online"
+
+
+def test_time_outs_stored_as_terminals_are_named(bad_files, tmp_path):
+    dataset, _ = dsrl.load(bad_files / "point.hdf5")
+    path = tmp_path / "t.hdf5"
+    dsrl.save(path, dataset._replace(terminals=dataset.timeouts, timeouts=0 * dataset.timeouts), {"env": ENV})
+    _, err = tiny(bad_files, tmp_path, f"--dataset {path}")
+    assert sum("--terminals-are-timeouts" in line for line in err.splitlines()) == 1
+    shutil.rmtree(tmp_path / "runs")
+    _, err = tiny(bad_files, tmp_path, f"--dataset {path} --terminals-are-timeouts")
+    assert "terminals-are-timeouts" not in err
