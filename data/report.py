@@ -22,7 +22,7 @@ The policies are from-scratch SAC-Lagrangian (`algos/sac_lag.py`) at several cos
 the same for the same key on the same machine. Retraining (`--train`) does not give the same bits; the kept
 policies, PointGoal1's included, were trained with a constant step size, where `algos/sac_lag.py` now lets it fall to zero.
 Observations are rounded to 14 bits of mantissa (a relative 3e-5) to keep each file below 20 MB. `--transitions N` makes a larger one.
-The Run tasks' files also carry that x, for critics (`privileged`, `next_privileged`; DSRL has no such arrays): see deviation 12 of
+The Run tasks' files also carry that x, for critics (`privileged`, `next_privileged`; DSRL has no such arrays): see deviation 11 of
 `algos/marvel.py`. Most safe trajectories of SafetyAntRun are early falls (see their median return), so their 90th percentile says little.
 Of SafetyPointGoal1-v0 the policies are kept, the dataset is not: `python -m data.collect --env SafetyPointGoal1-v0 --transitions 60000`.
 

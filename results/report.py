@@ -1,4 +1,4 @@
-"""Writes results/README.md and its figures, and the table in algos/README.md, from results/ENV/ALGO.csv and .json: `make report`."""
+"""Writes results/README.md and its figures, and the tables in README.md and algos/README.md, from results/ENV/ALGO.csv and .json: `make report`."""
 
 import math
 import sys
@@ -214,30 +214,34 @@ def claims(tasks: dict[str, Task]) -> list[str]:
 
 def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows, shown = [], []
+    common = [env for env, task in tasks.items() if set(PLAIN) <= task.keys()]  # the figure compares like with like
     for name in ALGOS:
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
             continue
-        scores, safe = [], 0
+        scores, safe = {}, 0
         for env, run in runs.items():
             found, best = alive(run), best_safe_return(tasks[env])
             safe += bool(found["cost"].size and found["cost"].mean() <= run.cost_limit)
             if found["return"].size and not math.isnan(best):
-                scores.append(found["return"] / best)
-        middle = measures.iqm(scores) if scores else None
+                scores[env] = found["return"] / best
+        middle = measures.iqm(list(scores.values())) if scores else None
         better = compared(tasks, "marvel", name) if name != "marvel" else {}
-        shown.append((name, middle, better.get("final")))
+        if common and set(common) <= scores.keys():
+            among = compared({env: tasks[env] for env in common}, "marvel", name) if name != "marvel" else {}
+            shown.append((name, measures.iqm([scores[env] for env in common]), among.get("final")))
         cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "return", "regret")]
         lost = sum(len(run.diverged) for run in runs.values())
         seeds = f"{len(runs)} ({sum(len(run.seeds) for run in runs.values())}{f', {lost} diverged' if lost else ''})"
         rows.append([NAMES[name], seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
-    draw_aggregate(shown, folder / f"aggregate{suffix}.png")
+    drawn = draw_aggregate(shown, folder / f"aggregate{suffix}.png")
     return [
         "## Over all tasks",
         "",
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
-        "violation regret), mean over tasks. 95% intervals, bootstrapped by task. Lines over other tasks are not comparable.",
+        "violation regret), mean over tasks. 95% intervals, bootstrapped by task. Lines over other tasks are not comparable."
+        + (f" The figure shows only what ran on all of {', '.join(common)}." if common else ""),
         "",
         *markdown(
             [
@@ -252,8 +256,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             rows,
         ),
         *missing({name for task in tasks.values() for name in task}),
-        f"![Interquartile means and probabilities of improvement](aggregate{suffix}.png)",
-        "",
+        *([f"![Interquartile means and probabilities of improvement](aggregate{suffix}.png)", ""] if drawn else []),
         "Data: the commands under each task below; table and figure: `make report`.",
         "",
     ]
@@ -544,6 +547,23 @@ def summary(folder: Path) -> str:
     return "\n".join(markdown(header, rows))
 
 
+def overview(folder: Path) -> str:
+    """By task, for the offline policy, Marvel and naive finetuning: the share of seeds within the limit, and the mean return."""
+    runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
+    names = ("cpq", "marvel", "naive_o2o")
+    rows = []
+    for env in ENVS:
+        if not all((env, name, csvs.LIMIT) in runs for name in names):
+            continue
+        row = [env]
+        for name in names:
+            found = alive(runs[env, name, csvs.LIMIT])
+            row += [f"{int((found['cost'] <= csvs.LIMIT).sum())} of {found['cost'].size}", number(found["return"].mean())]
+        rows.append(row)
+    header = ["task", "offline: safe", "return", "Marvel: safe", "return", "naive finetuning: safe", "return"]
+    return "\n".join(markdown(header, rows))
+
+
 MARKS = "<!-- made by `make report` -->\n", "<!-- until here -->\n"
 
 
@@ -563,8 +583,8 @@ def main(arguments: list[str] | None = None) -> int:
     (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{folder / 'README.md'}: {text.count(chr(10))} lines")
     if folder == ROOT / "results":
-        page = ROOT / "algos" / "README.md"
-        page.write_text(put_between_marks(page.read_text(encoding="utf-8"), summary(folder)), encoding="utf-8")
+        for page, table in ((ROOT / "algos" / "README.md", summary(folder)), (ROOT / "README.md", overview(folder))):
+            page.write_text(put_between_marks(page.read_text(encoding="utf-8"), table), encoding="utf-8")
     return 0
 
 

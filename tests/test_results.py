@@ -455,6 +455,8 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     page = (ROOT / "algos" / "README.md").read_text()
     assert report.put_between_marks(page, report.summary(tmp_path / "results")) == page, "run `make report`"
     assert page.count("| Marvel |") == 1
+    page = (ROOT / "README.md").read_text()
+    assert report.put_between_marks(page, report.overview(tmp_path / "results")) == page, "run `make report`"
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", committed):
         assert (ROOT / "results" / figure).stat().st_size < 150_000
 
