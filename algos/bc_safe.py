@@ -59,7 +59,7 @@ def bc_loss(params, batch: Batch, actor: Actor):
     return loss, {"actor_loss": loss}
 
 
-def cloned(dataset: dsrl.Dataset, args: CloningArgs, path) -> np.ndarray:
+def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
     """(N,) bool: the transitions to clone (--data).
 
     frontier: complete trajectories whose return reaches worst + `frontier` * (best - worst), best being the highest return among
@@ -100,7 +100,7 @@ def pretrain(run: Run) -> dict:
     optimizers = {"actor": optax.adam(training.step_size(args.offline_actor_lr, args.offline_actor_schedule, args.offline_steps))}
     init = lambda key: training.init_learner({"actor": actor.init(key, jnp.zeros(env.obs_size))}, optimizers)
     step = partial(bc_step, actor=actor, optimizers=optimizers)
-    return training.pretrain(run, "bc_safe", RECIPE_VERSION, RECIPE, init, step, (run.cloned,), actor)
+    return training.pretrain(run, "bc_safe", RECIPE_VERSION, RECIPE, init, step, run.batches("cloned"), actor)
 
 
 def main(args: Args) -> None:

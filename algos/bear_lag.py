@@ -180,7 +180,7 @@ def pretrain(run: Run) -> dict:
         params = training.init_params(key, networks, run.critic_obs_size)
         return training.init_learner(params | {"log_duals": jnp.log(jnp.array(args.init_duals))}, optimizers)
 
-    return training.pretrain(run, "bear_lag", RECIPE_VERSION, RECIPE, init, step, (run.data,), networks.actor)
+    return training.pretrain(run, "bear_lag", RECIPE_VERSION, RECIPE, init, step, run.batches("data"), networks.actor)
 
 
 def main(args: Args) -> None:

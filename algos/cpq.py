@@ -81,7 +81,7 @@ class CPQArgs(OfflineCriticArgs):
 
 @dataclass(frozen=True)
 class Args(EvalArgs, CPQArgs, NetworkArgs, RunArgs):
-    """this algorithm"""
+    """configuration"""
 
     preset: Literal["suite", "release"] = "suite"
     """whole configuration: this suite's, or OSRL's as far as it can be had by arguments; the command line goes before it"""
@@ -205,7 +205,7 @@ def make_optimizers(args: CPQArgs) -> dict:
     return {name: optax.adam(rate) for name, rate in rates.items()}
 
 
-def cloned(dataset: dsrl.Dataset, args: CPQArgs, path) -> np.ndarray:
+def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
     """(N,) bool: the best safe trajectories; all where cloning is off and none is safe. BadInput if there is nothing to clone."""
     safe = dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)
     if not safe.any() and args.cloning_weight:
@@ -226,7 +226,7 @@ def pretrain(run: Run) -> dict:
         params = training.init_params(key, networks, run.critic_obs_size)
         return training.init_learner(params | {"log_dual": jnp.log(jnp.float32(args.init_dual))}, optimizers)
 
-    return training.pretrain(run, "cpq", RECIPE_VERSION, RECIPE, init, step, (run.data, run.cloned), networks.actor)
+    return training.pretrain(run, "cpq", RECIPE_VERSION, RECIPE, init, step, run.batches("data", "cloned"), networks.actor)
 
 
 def main(args: Args) -> None:

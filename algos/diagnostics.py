@@ -23,7 +23,7 @@ def spearman(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def rank_correlations(critics: dict, own: Points, random: Points, networks: Networks) -> dict[str, jax.Array]:
     """Correlations of Q and Qc with Monte-Carlo returns on the policy's own and on random-policy rollouts."""
-    out = {}
+    out: dict[str, jax.Array] = {}
     for name, points in {"policy": own, "random": random}.items():
         q, qc = (f(critics, points.obs, points.action) for f in (networks.q, networks.qc))
         out |= {f"rank_q_{name}": spearman(q, points.returns), f"rank_qc_{name}": spearman(qc, points.costs)}
@@ -35,7 +35,8 @@ def rank_diagnostic(run: Run, networks: Networks) -> Callable:
 
     The actor is taken to be frozen: its Monte-Carlo returns are measured at the first call only.
     """
-    args, env, points = run.args, run.env, []
+    args, env = run.args, run.env
+    points: list[Points] = []
     policy = lambda actor: evaluated_policy(networks.actor, actor, "sample")
     uniform = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
     options = (env, args.rank_points, args.gamma, args.reward_scale, args.termination_cost)

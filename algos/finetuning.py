@@ -68,7 +68,7 @@ class OnlineArgs:
 class FinetuneArgs(
     EvalArgs, LagrangianArgs, OnlineArgs, bc_safe.CloningArgs, bear_lag.BearArgs, cpq.CPQArgs, NetworkArgs, RunArgs
 ):  # fmt: skip
-    """this algorithm"""
+    """configuration"""
 
     preset: Literal["suite", "release"] = "suite"
     """whole configuration: this suite's, or that of Marvel's paper and code; the command line goes before it"""

@@ -94,7 +94,10 @@ def grouped(args_class, defaults):
                 annotated = typing.Annotated[types[name], tyro.conf.arg(help=text)]
                 field = (name, annotated, dataclasses.field(default=getattr(defaults, name)))
                 groups.setdefault(re.sub(r"\W+", "_", cls.__doc__.strip()), []).append(field)
-    made = [(title, dataclasses.make_dataclass(title, fields, frozen=True)) for title, fields in groups.items()]
+    first = next((i for i, title in enumerate(groups) if title.startswith("phase")), 0)
+    place = {title: (first, title[:7]) if title.startswith("phase") else (i, "") for i, title in enumerate(groups)}
+    titles = sorted(groups, key=lambda title: place[title])  # the phases one after another
+    made = [(title, dataclasses.make_dataclass(title, groups[title], frozen=True)) for title in titles]
     return tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Args", [(n, c, dataclasses.field(default=c())) for n, c in made])]
 
 

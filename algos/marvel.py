@@ -87,7 +87,7 @@ class VPAArgs:
 
 
 @dataclass(frozen=True)
-class Args(FinetuneArgs, VPAArgs):
+class Args(VPAArgs, FinetuneArgs):
     """this algorithm"""
 
 

@@ -82,7 +82,7 @@ class OnlineArgs:
 
 @dataclass(frozen=True)
 class Args(EvalArgs, OnlineArgs, LagrangianArgs, NetworkArgs, RunArgs):
-    """other defaults than the siblings'"""
+    """defaults of its own"""
 
     env: str = "SafetyPointRun"
     """task: a name of envs.TASKS or a Safety-Gymnasium id"""

@@ -221,6 +221,12 @@ class Run(NamedTuple):
         """(seeds,) the n-th key of a stream, the same however the run got there."""
         return _fold_in(self.roots, STREAMS.index(stream), n)
 
+    def batches(self, *names: str) -> tuple[Batch, ...]:
+        """The transitions of those names, which must be there."""
+        found = tuple(getattr(self, name) for name in names)
+        assert all(batch is not None for batch in found), names
+        return found
+
     @property
     def critic_obs_size(self) -> int:
         return self.env.obs_size + self.env.privileged_size
