@@ -27,7 +27,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bullet run sweep diff accept report bench test test-all clean
+.PHONY: help setup setup-bullet run sweep diff accept report bench check test test-all clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -79,12 +79,17 @@ bench: setup  ## Measure speed beside others: make bench TORCH=python CRAX=pytho
 # XLA compiles on one core: two processes, each with whole files (their fixtures are runs that are made once)
 PARALLEL = -n 2 --dist loadfile
 
-test: setup  ## Run the tests, except those marked slow
+check: setup  ## Check format, lint and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: check  ## Check, and run the tests, except those marked slow
 	$(PY) -m pytest $(PARALLEL) -m "not slow"
 
-test-all: setup  ## Run all tests
+test-all: check  ## Check, and run all tests
 	$(PY) -m pytest $(PARALLEL)
 
 clean:  ## Remove .venv, .venv-bullet and caches (not runs)
-	rm -rf $(VENV) .venv-bullet .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bullet .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -346,8 +346,8 @@ def train_on_dataset(learner, data: tuple[Batch, ...], key, step: Callable, batc
 
 
 # Arguments on which the rows of an offline checkpoint depend, whatever the algorithm.
-COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog offline_steps offline_batch_size offline_actor_lr offline_actor_schedule".split()
-COMMON_RECIPE += "offline_evals eval_episodes final_eval_rounds eval_policy".split()
+COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog offline_steps offline_batch_size offline_actor_lr".split()
+COMMON_RECIPE += "offline_actor_schedule offline_evals eval_episodes final_eval_rounds eval_policy".split()
 CRITIC_RECIPE = "layer_norm num_critics privileged_critic gamma tau reward_scale termination_cost offline_critic_lr".split()
 CRITIC_RECIPE += "clip_cost_target vae_hidden vae_beta".split()
 

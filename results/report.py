@@ -1,4 +1,4 @@
-"""Writes results/README.md and its figures, and the tables in README.md and algos/README.md, from results/ENV/ALGO.csv and .json: `make report`."""
+"""Writes results/README.md, its figures, and the tables in README.md and algos/README.md, from the CSV and JSON files: `make report`."""
 
 import math
 import sys
