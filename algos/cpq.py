@@ -32,6 +32,7 @@ Deviations, P from the paper, R from the reference code (OSRL), and the value of
 Time-outs never stop the bootstrap, terminal states do. This repairs the reference code and has no switch.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -112,6 +113,11 @@ def thresholds(cost_limit: float, gamma: float, horizon: int) -> tuple[float, fl
     return q_thres, 1.5 * q_thres
 
 
+def unconstrained(threshold) -> bool:
+    """Whether the cost limit is infinite (a number known before the program is compiled)."""
+    return isinstance(threshold, float) and math.isinf(threshold)
+
+
 def ood_actions(params: dict, batch: Batch, key, networks: Networks, args: CPQArgs):
     """The `ood_fraction` of the policy's actions with the largest encoder KL: obs (m, o), action (m, a), weight (m,).
 
@@ -146,7 +152,7 @@ def cpq_critic_loss(critics, params: dict, targets, batch: Batch, ood, key, netw
     chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
-    if np.isinf(qc_thres):  # no constraint: no action is too cheap
+    if unconstrained(qc_thres):  # no action is too cheap
         return reward_loss + cost_loss, info | {"qc_ood": jnp.float32(jnp.nan)}
     ood_obs, ood_action, weight = ood
     qc_ood = networks.qc(critics if args.ood_gradient else jax.lax.stop_gradient(targets), ood_obs, ood_action)
@@ -184,7 +190,7 @@ def cpq_step(learner: Learner, batches: tuple[Batch, Batch], key, networks: Netw
         learner.params["critics"], learner.params, learner.targets, batch, ood, key_critic, networks, args, limits, max_qc
     )
     learner = apply_gradient(learner, optimizers, "critics", gradient)
-    if np.isfinite(limits[1]):
+    if not unconstrained(limits[1]):
         gradient = jax.grad(dual_loss)(learner.params["log_dual"], info["qc_ood"], limits[1])
         learner = apply_gradient(learner, optimizers, "log_dual", gradient)
         learner.params["log_dual"] = jnp.clip(learner.params["log_dual"], -5.0, 5.0)

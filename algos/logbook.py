@@ -93,7 +93,8 @@ def grouped(args_class, defaults):
             if declared is cls:
                 annotated = typing.Annotated[types[name], tyro.conf.arg(help=text)]
                 field = (name, annotated, dataclasses.field(default=getattr(defaults, name)))
-                groups.setdefault(re.sub(r"\W+", "_", cls.__doc__.strip()), []).append(field)
+                title = cls.__name__ if cls.__doc__.startswith(cls.__name__) else cls.__doc__  # dataclass makes one up
+                groups.setdefault(re.sub(r"\W+", "_", title), []).append(field)
     first = next((i for i, title in enumerate(groups) if title.startswith("phase")), 0)
     place = {title: (first, title[:7]) if title.startswith("phase") else (i, "") for i, title in enumerate(groups)}
     titles = sorted(groups, key=lambda title: place[title])  # the phases one after another

@@ -64,9 +64,7 @@ class Ensemble(nn.Module):
 
     @nn.compact
     def __call__(self, obs, action):
-        members = nn.vmap(
-            Critic, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=self.size
-        )
+        members = nn.vmap(Critic, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=self.size)
         return members(self.hidden, self.symlog, self.layer_norm)(obs, action)
 
 

@@ -47,9 +47,7 @@ COMMON = (
 SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.0003"
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.0003"
 # lambda rises slowly and dying costs: otherwise falling early is the first way to be safe that they learn
-ANT = (
-    "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --kp 0.00001 --ki 0.00003 --termination-cost 100"
-)
+ANT = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --kp 0.00001 --ki 0.00003 --termination-cost 100"
 # short episodes, learnt in a tenth of the steps
 BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.001"
 # slow simulators: few evaluations, which only the log needs

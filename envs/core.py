@@ -161,7 +161,5 @@ class Env:
         first, later = jnp.moveaxis(batched(jax.random.split, state.key), -1, 0)
         fresh, fresh_obs = self._start(first, done)
         pick = lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - done.ndim)), new, old)
-        state = EnvState(
-            jax.tree.map(pick, fresh, physics), jnp.where(done, 0, t), jnp.where(done, later, state.key)
-        )
+        state = EnvState(jax.tree.map(pick, fresh, physics), jnp.where(done, 0, t), jnp.where(done, later, state.key))
         return state, Transition(pick(fresh_obs, next_obs), next_obs, reward, cost, terminated, truncated)

@@ -123,9 +123,7 @@ def to_world(recording: dict, qpos: np.ndarray, *velocities: np.ndarray) -> list
         return [qpos, *velocities]
     w, z = recording["agent_body_quat"][:, 0], recording["agent_body_quat"][:, 3]
     yaw = 2 * np.arctan2(z, w)
-    rotate = lambda v: np.stack(
-        [np.cos(yaw) * v[:, 0] - np.sin(yaw) * v[:, 1], np.sin(yaw) * v[:, 0] + np.cos(yaw) * v[:, 1], v[:, 2]], 1
-    )
+    rotate = lambda v: np.stack([np.cos(yaw) * v[:, 0] - np.sin(yaw) * v[:, 1], np.sin(yaw) * v[:, 0] + np.cos(yaw) * v[:, 1], v[:, 2]], 1)
     offset = np.concatenate([recording["agent_body_pos"][:, :2], yaw[:, None]], 1)
     return [rotate(qpos) + offset, *(rotate(v) for v in velocities)]
 

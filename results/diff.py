@@ -73,13 +73,9 @@ def cautions(baseline: Run, fresh: Run) -> list[str]:
         out.append(f"other dataset: {named(baseline)} -> {named(fresh)}")
     a, b = baseline.about.get("config"), fresh.about.get("config")
     if a is not None and b is not None:
-        changed = [
-            f"{k} {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
-        ]
+        changed = [f"{k} {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
         if changed:
-            out.append(
-                f"other configuration: {', '.join(changed[:6])}{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}"
-            )
+            out.append(f"other configuration: {', '.join(changed[:6])}{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}")
     elif {r["config_hash"] for r in baseline.rows} != {r["config_hash"] for r in fresh.rows}:
         out.append("other configuration: the hashes differ and there is no JSON beside one of them to say how")
     if len(fresh.seeds) < len(baseline.seeds):
@@ -133,9 +129,7 @@ def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path) 
         old = baselines.get(key)
         if old and old.about.get("config") == run.about["config"] and old.dataset_hashes == run.dataset_hashes:
             merged = csvs.merge(run, old)
-            what = f"seeds {_listed(run.seeds)}" + (
-                f", kept {_listed(set(merged.seeds) - set(run.seeds))}" if merged is not run else ""
-            )
+            what = f"seeds {_listed(run.seeds)}" + (f", kept {_listed(set(merged.seeds) - set(run.seeds))}" if merged is not run else "")
         else:
             merged, what = (
                 run,
@@ -151,19 +145,13 @@ def _listed(seeds) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1 if something is worse; raises csvs.BadInput."""
     parser = csvs.Parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="CSV", help="two CSVs or run folders to compare, the baseline first"
-    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="CSV", help="two CSVs or run folders to compare, the baseline first")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the fresh runs are")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="where the baselines are")
     parser.add_argument("--envs", nargs="+", help="only these tasks")
     parser.add_argument("--algos", nargs="+", help="only these algorithms")
-    parser.add_argument(
-        "--confidence", type=float, default=0.99, help="of the intervals (default 0.99: many are compared at once)"
-    )
-    parser.add_argument(
-        "--margin", type=float, default=0.02, help="relative difference that is never worse nor better (default 0.02)"
-    )
+    parser.add_argument("--confidence", type=float, default=0.99, help="of the intervals (default 0.99: many are compared at once)")
+    parser.add_argument("--margin", type=float, default=0.02, help="relative difference that is never worse nor better (default 0.02)")
     parser.add_argument("--accept", action="store_true", help="write the fresh runs to --results instead of comparing")
     options = parser.parse_args(arguments)
     if not 0 < options.confidence < 1 or not options.margin >= 0:
@@ -177,9 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         new = csvs.fresh(options.runs, options.envs, options.algos)
         old = csvs.baselines(options.results, options.envs, options.algos)
         if not new:
-            parser.error(
-                f"{options.runs}: no finished run: make some with `make sweep` or `make run`, or name the folder with --runs"
-            )
+            parser.error(f"{options.runs}: no finished run: make some with `make sweep` or `make run`, or name the folder with --runs")
         if options.accept:
             accept(new, old, options.results)
             return 0

@@ -54,9 +54,7 @@ def _measure(run: Run, seed: int) -> dict:
     steps, returns = [row["env_steps"] for row in curve], [row["return"] for row in curve]
     if online and steps[-1] > steps[0]:
         out["auc"] = np.trapezoid(returns, steps) / (steps[-1] - steps[0])
-    train = [
-        row for row in run.of(seed, "train") if row["phase"] == "online" and row["episodes"] > 0 and not math.isnan(row["cost"])
-    ]
+    train = [row for row in run.of(seed, "train") if row["phase"] == "online" and row["episodes"] > 0 and not math.isnan(row["cost"])]
     if not train:
         return out
     episodes = np.array([row["episodes"] for row in train])

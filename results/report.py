@@ -194,9 +194,7 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         safe = [env for env, (m, run) in own.items() if m["cost"].size and m["cost"].mean() <= run.cost_limit]
         soon = [env for env, (m, _) in own.items() if np.median(m["episodes_to_stay"]) <= 100]
         for claim, kept in (("Marvel ends safe", safe), ("... and stays safe after at most 100 online episodes", soon)):
-            judged = (
-                "supported" if len(kept) == len(own) else "contradicted" if not kept else f"supported on {', '.join(kept)} only"
-            )
+            judged = "supported" if len(kept) == len(own) else "contradicted" if not kept else f"supported on {', '.join(kept)} only"
             rows.append([claim, "tasks where it holds", str(len(own)), f"{len(kept)} of {len(own)}", "-", "-", judged])
     return [
         "## What the numbers say about the paper's claims",
@@ -300,9 +298,7 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         seeds = str(len(run.seeds) - len(run.diverged)) + (f" + {len(run.diverged)} diverged" if run.diverged else "")
         if not found["return"].size:
             first = min(run.diverged.values(), key=lambda row: row["gradient_steps"])
-            rows.append(
-                [NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 9]
-            )
+            rows.append([NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 9])
             continue
         safe = found["cost"].mean() <= run.cost_limit
         soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
@@ -434,9 +430,7 @@ def draw_multipliers(task: Task, path: Path) -> bool:
             steps, values = traces(task["marvel"], "train", key)
             initial = (task["marvel"].about.get("config") or {}).get(key) or (values[:, 0].mean() if steps.size else 0)
             if steps.size and initial:
-                axes[2].plot(
-                    steps, (values / initial).mean(0), color="black", ls=style, lw=1.3, label=f"K{key[1]} of aPID / initial"
-                )
+                axes[2].plot(steps, (values / initial).mean(0), color="black", ls=style, lw=1.3, label=f"K{key[1]} of aPID / initial")
         axes[2].set_yscale("log")
     limit = task[names[0]].cost_limit
     axes[0].axhline(limit, color="red", lw=1.2, ls="--")
@@ -474,9 +468,7 @@ def draw_aggregate(shown: list[tuple], path: Path) -> bool:
 
 def draw_alignment(tasks: dict[str, Task], path: Path) -> bool:
     """Rank correlations before and after pre-alignment of every seed of Marvel, and their means."""
-    shown = {
-        env: task["marvel"] for env, task in tasks.items() if "marvel" in task and rank_changes({env: task}, "rank_q_policy")
-    }
+    shown = {env: task["marvel"] for env, task in tasks.items() if "marvel" in task and rank_changes({env: task}, "rank_q_policy")}
     if not shown:
         return False
     figure, axes = plt.subplots(1, len(shown), figsize=(1 + 2.6 * len(shown), 3), sharey=True, squeeze=False)
@@ -575,9 +567,7 @@ def put_between_marks(text: str, table: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = csvs.Parser(__doc__)
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "results", help="folder of ENV/ALGO.csv, where README.md is written"
-    )
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of ENV/ALGO.csv, where README.md is written")
     folder = parser.parse_args(arguments).results
     text = report(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")

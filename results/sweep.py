@@ -277,9 +277,7 @@ class Ray:
         try:
             ray.init(options.address, runtime_env={"env_vars": env}, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
-            raise csvs.BadInput(
-                f"--address {options.address}: no Ray cluster there: start one with `ray start --head`"
-            ) from error
+            raise csvs.BadInput(f"--address {options.address}: no Ray cluster there: start one with `ray start --head`") from error
         resources = dict(num_cpus=options.cpus, num_gpus=options.gpus)
         self.task = ray.remote(max_retries=options.retries, **resources)(sweep.attempt)
         self.job = sweep.Job

@@ -50,7 +50,8 @@ class Probe:
         fresh, fresh_obs = self.reset(state.key)
         pick = lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - done.ndim)), new, old)
         after = envs.EnvState(
-            jax.tree.map(pick, fresh.physics, physics), jnp.where(done, 0, state.t + 1),
+            jax.tree.map(pick, fresh.physics, physics),
+            jnp.where(done, 0, state.t + 1),
             jnp.where(done, fresh.key, state.key),
         )
         return after, envs.Transition(pick(fresh_obs, next_obs), next_obs, reward, cost, terminated, truncated)

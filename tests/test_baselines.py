@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
-from algos import bc_safe, bear_lag, jsrl, pex, so2
+from algos import bc_safe, bear_lag, jsrl, marvel, pex, so2, training
+from algos.networks import Actor, sample_action
 from data import dsrl
+from envs.rollout import Batch, collect, start_rollout
 from tests import probes
 from tests.test_maths import variant  # noqa: F401  (a fixture)
 
@@ -20,17 +23,27 @@ SMALL = dict(hidden=(8,), gamma=0.9, reward_scale=0.1)
 
 
 def built(algo, **changes):
-    vae = {"vae_hidden": (8,)} if "vae_hidden" in algo.Args.__dataclass_fields__ else {}
-    small = {k: v for k, v in SMALL.items() if k in algo.Args.__dataclass_fields__}
-    fixed = algo.build(algo.Args(**{**small, **vae, **changes}), ENV, {})
-    return fixed, algo.init_params(jax.random.key(0), fixed)
+    """(arguments, networks, parameters) of small networks."""
+    args = algo.Args(**{**SMALL, "vae_hidden": (8,), **changes})
+    networks = training.make_networks(args, ENV)
+    params = training.init_params(jax.random.key(0), networks, ENV.obs_size)
+    if algo is bear_lag:
+        params["log_duals"] = jnp.log(jnp.array(args.init_duals))
+    return args, networks, params
 
 
-def some_batch(algo, n=6):
+def some_batch(n=6):
     keys = jax.random.split(jax.random.key(5), 6)
     normal = lambda k, *shape: jax.random.normal(k, shape)
     terminated = jnp.array([0, 1, 0, 0, 1, 0.0])[:n]
-    return algo.Batch(normal(keys[0], n, 3), jnp.tanh(normal(keys[1], n, 2)), normal(keys[2], n), jnp.abs(normal(keys[3], n)), normal(keys[4], n, 3), terminated)
+    return Batch(
+        normal(keys[0], n, 3),
+        jnp.tanh(normal(keys[1], n, 2)),
+        normal(keys[2], n),
+        jnp.abs(normal(keys[3], n)),
+        normal(keys[4], n, 3),
+        terminated,
+    )
 
 
 # ---------------------------------------------------------------- BEAR
@@ -54,12 +67,12 @@ def test_mmd_is_zero_only_for_equal_samples():
 
 def test_bear_critic_targets():
     """Loss of critics that output known constants: targets are w min + (1-w) max of the targets' two critics, the mean for cost."""
-    fixed, params = built(bear_lag, mmd_samples=4, termination_cost=7.0)
-    batch = some_batch(bear_lag)
+    args, networks, params = built(bear_lag, mmd_samples=4, termination_cost=7.0)
+    batch = some_batch()
     constant = lambda critic, value: jax.tree.map(jnp.zeros_like, critic) | {"params": _with_bias(critic["params"], value)}
     targets = {"reward": constant(params["critics"]["reward"], [2.0, 6.0]), "cost": constant(params["critics"]["cost"], [3.0])}
     critics = {"reward": constant(params["critics"]["reward"], [0.5, -0.5]), "cost": constant(params["critics"]["cost"], [1.0])}
-    loss, info = bear_lag.bear_critic_loss(critics, params, targets, batch, jax.random.key(1), fixed)
+    loss, info = bear_lag.bear_critic_loss(critics, params, targets, batch, jax.random.key(1), networks, args, 10.0)
     alive = 0.9 * (1 - np.asarray(batch.terminated))
     target = 0.1 * np.asarray(batch.reward) + alive * (0.75 * 2 + 0.25 * 6)
     cost_target = np.asarray(batch.cost) + 7.0 * np.asarray(batch.terminated) + alive * 3.0
@@ -87,11 +100,11 @@ def test_dual_losses_move_both_the_right_way():
 
 def test_bear_actor_comes_back_to_the_behaviour():
     """With no value to gain, descending the actor's loss brings the MMD down."""
-    fixed, params = built(bear_lag)
+    args, networks, params = built(bear_lag)
     params["critics"] = jax.tree.map(jnp.zeros_like, params["critics"])
     params["actor"] = jax.tree.map(lambda x: 3 * x, params["actor"])
-    batch = some_batch(bear_lag)
-    loss = lambda actor, key: bear_lag.bear_actor_loss(actor, params, batch, key, fixed)
+    batch = some_batch()
+    loss = lambda actor, key: bear_lag.bear_actor_loss(actor, params, batch, key, networks, args)
 
     @jax.jit
     def step(actor, key):
@@ -120,9 +133,9 @@ def trajectories(*episodes):
     return dsrl.Dataset(obs, obs, np.zeros((len(rows), 2), np.float32), rewards, costs, np.zeros(len(rows), bool), ends > 0)
 
 
-def test_chosen_trajectories():
+def test_cloned_trajectories():
     data = trajectories((2, 10.0, 5.0, True), (3, 50.0, 30.0, True), (1, 48.0, 40.0, True), (2, 2.0, 0.0, True), (4, 99.0, 0.0, False))
-    chosen = lambda **changes: bc_safe.chosen_trajectories(data, bc_safe.Args(**changes))
+    chosen = lambda **changes: bc_safe.cloned(data, bc_safe.Args(**changes), "a file")
     runs = [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 8), slice(8, 12)]
     of = lambda mask: [bool(mask[r].all()) for r in runs if mask[r].all() == mask[r].any()]
     assert of(chosen()) == [True, False, False, True, False]  # the unfinished one costs nothing yet, and does not count
@@ -134,16 +147,16 @@ def test_chosen_trajectories():
 
 def test_bc_recovers_a_known_policy():
     """Data drawn from tanh(N(obs_0, 0.3)): cloned to the same mean and spread."""
-    fixed, params = built(bc_safe, hidden=(32,))
-    fixed = fixed._replace(optimizers=bc_safe.build(fixed.args, ENV, {"actor": 3e-3}).optimizers)
+    actor, optimizers = Actor((32,), 3, 2), {"actor": optax.adam(3e-3)}
     obs = jax.random.uniform(jax.random.key(0), (4096, 3), minval=-1.0)
     u = obs[:, :1] + 0.3 * jax.random.normal(jax.random.key(1), (4096, 2))
     zero = jnp.zeros(4096)
-    data = bc_safe.Batch(obs, jnp.tanh(u), zero, zero, obs, zero)
-    learner = bc_safe.start_phase(params, fixed)
-    learn = jax.jit(partial(bc_safe.learn_offline, step=bc_safe.bc_step, batch_size=256, steps=1500, fixed=fixed))
-    learner, _ = learn(learner, (data,), jax.random.key(2))
-    mean, log_std = fixed.networks["actor"].apply(learner.params["actor"], obs)
+    data = Batch(obs, jnp.tanh(u), zero, zero, obs, zero)
+    learner = training.init_learner({"actor": actor.init(jax.random.key(0), obs)}, optimizers)
+    step = partial(bc_safe.bc_step, actor=actor, optimizers=optimizers)
+    train = jax.jit(partial(training.train_on_dataset, step=step, batch_size=256, steps=1500))
+    learner, _ = train(learner, (data,), jax.random.key(2))
+    mean, log_std = actor.apply(learner.params["actor"], obs)
     assert float(jnp.abs(mean - obs[:, :1]).mean()) < 0.06
     assert float(jnp.exp(log_std).mean()) == pytest.approx(0.3, abs=0.03)
 
@@ -169,9 +182,12 @@ def test_advance():
 
 def test_the_guide_plays_first():
     env = probes.Constant(1.0, 0.0, horizon=8)
-    actors = jsrl.init_actors(jax.random.key(0), env, 3)
-    guide, policy = (lambda v: lambda obs, key: jnp.full((*obs.shape[:-1], 1), v))(-0.5), lambda obs, key: jnp.full((*obs.shape[:-1], 1), 0.5)
-    _, batch, ended = jsrl.collect_jump_start(actors, guide, policy, 0.5, jax.random.key(1), env, 16)
+    rollout = start_rollout(jax.random.key(0), env, 3)
+    guide, policy = (
+        (lambda v: lambda obs, key: jnp.full((*obs.shape[:-1], 1), v))(-0.5),
+        lambda obs, key: jnp.full((*obs.shape[:-1], 1), 0.5),
+    )
+    _, batch, ended = collect(rollout, jsrl.jump_start(guide, policy, 0.5, env.horizon), jax.random.key(1), env, 16)
     expected = np.where(np.arange(16) % 8 < 4, -0.5, 0.5)
     np.testing.assert_array_equal(batch.action[..., 0], np.tile(expected[:, None], (1, 3)))
     assert float(ended.number) == 6
@@ -182,22 +198,18 @@ def test_the_guide_plays_first():
 
 def test_the_critics_choose_between_the_policies():
     """Softmax of (Q - lambda Qc) / T over the two policies' actions, seen in how often either is chosen."""
-    fixed, params = built(pex, temperature=0.5)
-    other = pex.init_params(jax.random.key(9), fixed)["actor"]
-    narrow = lambda actor: jax.tree.map(lambda x: x, actor)
-    both = {"prior": narrow(params["actor"]), "actor": other}
+    args, networks, params = built(pex)
+    other = training.init_params(jax.random.key(9), networks, ENV.obs_size)["actor"]
+    both = {"prior": params["actor"], "actor": other}
     obs = jnp.broadcast_to(jnp.array([0.3, -1.0, 0.7]), (4000, 3))
-    action, log_prob = pex.expanded_policy(both, params["critics"], 0.8, obs, jax.random.key(2), fixed)
+    action, log_prob = pex.expanded_policy(both, params["critics"], 0.8, obs, jax.random.key(2), networks, 0.5)
     keys = jax.random.split(jax.random.key(2), 3)
-    drawn = [pex.sample_action(k, *fixed.networks["actor"].apply(both[name], obs)) for k, name in zip(keys, ("prior", "actor"))]
+    drawn = [sample_action(k, *networks.actor.apply(both[name], obs)) for k, name in zip(keys, ("prior", "actor"))]
     from_prior = np.all(np.asarray(action == drawn[0][0]), 1)
     from_new = np.all(np.asarray(action == drawn[1][0]), 1)
     assert np.all(from_prior ^ from_new)
     np.testing.assert_allclose(log_prob, np.where(from_prior, drawn[0][1], drawn[1][1]), rtol=1e-6)
-    score = [
-        fixed.networks["reward"].apply(params["critics"]["reward"], obs, a).min(0) - 0.8 * fixed.networks["cost"].apply(params["critics"]["cost"], obs, a)[0]
-        for a, _ in drawn
-    ]
+    score = [networks.q(params["critics"], obs, a) - 0.8 * networks.qc(params["critics"], obs, a) for a, _ in drawn]
     expected = jax.nn.sigmoid((score[0] - score[1]) / 0.5)
     assert from_prior.mean() == pytest.approx(float(expected.mean()), abs=0.03)
     assert 0.05 < from_prior.mean() < 0.95
@@ -219,13 +231,10 @@ def test_perturbed_actions():
 
 
 def test_so2_without_noise_is_the_plain_critic_loss():
-    fixed, params = built(so2, noise=0.3)
-    quiet = fixed._replace(args=replace(fixed.args, noise=0.0))
-    batch, targets = some_batch(so2), params["critics"]
-    loss = lambda f: so2.so2_critic_loss(params["critics"], params["actor"], targets, 0.01, batch, jax.random.key(4), f)[0]
+    args, networks, params = built(so2, noise=0.3, entropy_weight=0.01)
+    batch, critics = some_batch(), params["critics"]
+    loss = lambda args: so2.so2_critic_loss(critics, params["actor"], critics, batch, jax.random.key(4), networks, args)[0]
     key_action, _ = jax.random.split(jax.random.key(4))
-    from algos import marvel
-
-    plain = marvel.critic_loss(params["critics"], params["actor"], targets, (0.01, 0.0), batch, key_action, fixed)[0]
-    assert float(loss(quiet)) == pytest.approx(float(plain), rel=1e-6)
-    assert float(loss(fixed)) != pytest.approx(float(plain), rel=1e-4)
+    plain = marvel.critic_loss(critics, params["actor"], critics, (0.01, 0.0), batch, key_action, networks, args)[0]
+    assert float(loss(replace(args, noise=0.0))) == pytest.approx(float(plain), rel=1e-6)
+    assert float(loss(args)) != pytest.approx(float(plain), rel=1e-4)

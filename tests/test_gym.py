@@ -14,9 +14,7 @@ import envs
 HOPPER = "SafetyHopperVelocity"
 
 
-@pytest.mark.parametrize(
-    "task", [t if t == "SafetyPointRun" else pytest.param(t, marks=pytest.mark.slow) for t in envs.TASKS]
-)
+@pytest.mark.parametrize("task", [t if t == "SafetyPointRun" else pytest.param(t, marks=pytest.mark.slow) for t in envs.TASKS])
 def test_gymnasiums_own_checker_passes(task):
     env = envs.gym_make(task)
     with warnings.catch_warnings():
@@ -35,7 +33,7 @@ def test_episodes_are_those_of_the_pure_functions():
     np.testing.assert_array_equal(first, obs)
     assert info == {"cost": 0.0}
     step, costs = jax.jit(env.step), 0
-    for i in range(200):
+    for _ in range(200):
         action = np.float32([-0.3, 0.3, 1.0])  # it jumps faster than the limit, and falls
         state, t = step(state, action)
         obs, reward, terminated, truncated, info = wrapped.step(action)

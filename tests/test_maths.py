@@ -4,16 +4,23 @@ vmapped."""
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.integrate
 import scipy.stats
 
-from algos import marvel, sac_lag
-from algos.critics import Ensemble, symlog
+from algos import cpq as offline
+from algos import diagnostics, finetuning, marvel, networks, sac_lag, training
+from algos.lagrangian import init_multiplier, update_multiplier
+from algos.networks import Ensemble, Networks, symlog
+from data import replay as buffer
+from envs import rollout
+from envs.rollout import Batch
 from tests import probes
 
 BOTH = pytest.mark.parametrize("algo", [marvel, sac_lag], ids=["marvel", "sac_lag"])
@@ -55,7 +62,7 @@ def density(a, mean=MEAN, log_std=LOG_STD):
 
 
 def draw(n, mean=MEAN, log_std=LOG_STD, wrap=lambda f: f):
-    action, log_prob = wrap(marvel.sample_action)(jax.random.key(1), jnp.full((n, 1), mean), jnp.full((n, 1), log_std))
+    action, log_prob = wrap(networks.sample_action)(jax.random.key(1), jnp.full((n, 1), mean), jnp.full((n, 1), log_std))
     return np.float64(action[:, 0]), np.float64(log_prob)
 
 
@@ -81,7 +88,7 @@ def test_sample_action_distribution_and_entropy():
 
 def test_sample_action_sums_over_action_dimensions(variant):
     mean, log_std = jnp.array([[0.1, -0.6, 0.4]]), jnp.array([[-1.0, -0.5, -2.0]])
-    action, log_prob = variant(marvel.sample_action)(jax.random.key(3), mean, log_std)
+    action, log_prob = variant(networks.sample_action)(jax.random.key(3), mean, log_std)
     assert action.shape == (1, 3) and log_prob.shape == (1,)
     expected = sum(np.log(density(np.float64(action[0, i]), float(mean[0, i]), float(log_std[0, i]))) for i in range(3))
     assert log_prob[0] == pytest.approx(expected, abs=2e-3)
@@ -95,16 +102,14 @@ def test_sample_action_saturated(mean):
     assert np.all(np.abs(action) == 1)
     expected = -0.5 + 5.0 - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - abs(mean))
     assert log_prob.mean() == pytest.approx(expected, abs=0.05)
-    gradient = jax.grad(lambda m: marvel.sample_action(jax.random.key(0), m, jnp.array([-5.0]))[1])(jnp.array([mean]))
+    gradient = jax.grad(lambda m: networks.sample_action(jax.random.key(0), m, jnp.array([-5.0]))[1])(jnp.array([mean]))
     assert gradient[0] == pytest.approx(2 * np.sign(mean), rel=1e-3)  # d|u|/du, twice
 
 
 def test_log_probability_against_scipy_and_samples(variant):
     action, log_prob = draw(1000)
     inside = np.abs(action) < 0.999
-    at = lambda a: variant(marvel.log_probability)(
-        jnp.float32(a)[:, None], jnp.full((a.size, 1), MEAN), jnp.full((a.size, 1), LOG_STD)
-    )
+    at = lambda a: variant(networks.log_probability)(jnp.float32(a)[:, None], jnp.full((a.size, 1), MEAN), jnp.full((a.size, 1), LOG_STD))
     np.testing.assert_allclose(at(action[inside]), log_prob[inside], atol=2e-3)
     grid = np.linspace(-0.9999, 0.9999, 20_001)
     np.testing.assert_allclose(at(grid), np.log(density(grid)), rtol=1e-3, atol=2e-3)
@@ -112,15 +117,14 @@ def test_log_probability_against_scipy_and_samples(variant):
 
 
 def test_log_probability_at_the_bounds_is_finite_and_that_of_a_point_inside():
-    f = lambda a: marvel.log_probability(jnp.array([a]), jnp.array([0.2]), jnp.array([-1.0]))
+    f = lambda a: networks.log_probability(jnp.array([a]), jnp.array([0.2]), jnp.array([-1.0]))
     assert float(f(1.0)) == pytest.approx(np.log(density(1 - 1e-4, 0.2, -1.0)), rel=1e-3)
     assert float(f(-1.0)) == pytest.approx(np.log(density(-1 + 1e-4, 0.2, -1.0)), rel=1e-3)
 
 
-@BOTH
-def test_actor_log_std_stays_in_its_range(algo):
+def test_actor_log_std_stays_in_its_range():
     """[-5, 2], however far the network's outputs go."""
-    actor = algo.Actor((8,), 3, 2)
+    actor = networks.Actor((8,), 3, 2)
     params = actor.init(jax.random.key(0), jnp.zeros(3))
     obs = 1e6 * jax.random.normal(jax.random.key(1), (50, 3))
     for factor in (-1e3, 1e3):
@@ -129,9 +133,8 @@ def test_actor_log_std_stays_in_its_range(algo):
     assert float(actor.apply(jax.tree.map(jnp.zeros_like, params), obs)[1][0, 0]) == -1.5
 
 
-@BOTH
-def test_actor_is_blind_to_what_only_critics_see(algo, variant):
-    actor = algo.Actor((8,), 3, 2)
+def test_actor_is_blind_to_what_only_critics_see(variant):
+    actor = networks.Actor((8,), 3, 2)
     params, obs = actor.init(jax.random.key(0), jnp.zeros(3)), jnp.ones((5, 3))
     seen = jnp.concatenate([obs, 9 * jax.random.normal(jax.random.key(1), (5, 2))], -1)
     for a, b in zip(variant(actor.apply)(params, obs), variant(actor.apply)(params, seen), strict=True):
@@ -141,7 +144,7 @@ def test_actor_is_blind_to_what_only_critics_see(algo, variant):
 # ---------------------------------------------------------------- divergence, thresholds, ranks
 
 
-def test_gaussian_kl_against_numerical_integration(variant):
+def test_latent_kl_against_numerical_integration(variant):
     mean, log_std = np.array([[0.0, 1.3, -0.7]]), np.array([[0.0, -1.1, 0.4]])
 
     def kl(m, s):
@@ -149,16 +152,14 @@ def test_gaussian_kl_against_numerical_integration(variant):
         return scipy.integrate.quad(lambda z: p.pdf(z) * (p.logpdf(z) - q.logpdf(z)), m - 12 * s, m + 12 * s)[0]
 
     expected = np.mean([kl(m, np.exp(s)) for m, s in zip(mean[0], log_std[0])])  # per latent dimension
-    found = variant(marvel.gaussian_kl)(jnp.float32(mean), jnp.float32(log_std))
+    found = variant(networks.latent_kl)(jnp.float32(mean), jnp.float32(log_std))
     np.testing.assert_allclose(found, [expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "limit, horizon, expected", [(20, 500, 3.97372), (20, 1000, 1.99991), (10, 1, 10.0), (0, 500, 0.0)]
-)
+@pytest.mark.parametrize("limit, horizon, expected", [(20, 500, 3.97372), (20, 1000, 1.99991), (10, 1, 10.0), (0, 500, 0.0)])
 def test_thresholds(limit, horizon, expected):
     """The limit spread evenly over the episode, discounted: sum_t gamma^t d / T."""
-    q_thres, qc_thres = marvel.thresholds(marvel.Args(cost_limit=limit, gamma=0.99), horizon)
+    q_thres, qc_thres = offline.thresholds(limit, 0.99, horizon)
     assert q_thres == pytest.approx(expected, abs=1e-5)
     assert q_thres == pytest.approx(sum(0.99**t * limit / horizon for t in range(horizon)), rel=1e-9)
     assert qc_thres == pytest.approx(1.5 * expected, abs=2e-5)
@@ -175,7 +176,7 @@ def test_spearman_against_scipy(variant):
         "sparse": (x, (rng.uniform(size=60) < 0.1).astype(float)),  # as costs are: nearly all equal
     }
     for name, (a, b) in pairs.items():
-        found = variant(marvel.spearman)(jnp.float32(a), jnp.float32(b))
+        found = variant(diagnostics.spearman)(jnp.float32(a), jnp.float32(b))
         assert float(found) == pytest.approx(scipy.stats.spearmanr(np.float32(a), np.float32(b))[0], abs=1e-5), name
 
 
@@ -183,7 +184,7 @@ def test_spearman_against_scipy(variant):
 def test_spearman_of_a_constant_is_nan(n):
     """As for a policy that never costs anything: there is no rank, and no number may stand for one, whatever n is."""
     x = jnp.float32(np.random.default_rng(0).normal(size=n))
-    assert np.isnan(marvel.spearman(x, jnp.ones(n))) and np.isnan(marvel.spearman(jnp.zeros(n), x))
+    assert np.isnan(diagnostics.spearman(x, jnp.ones(n))) and np.isnan(diagnostics.spearman(jnp.zeros(n), x))
 
 
 def test_symlog_and_ensemble():
@@ -245,8 +246,8 @@ class Controller:
 def test_update_multiplier_against_plain_python(lagrangian, start, variant):
     gains = dict(kp=0.02, ki=0.0005, kd=0.01, max_multiplier=2.0, init_multiplier=start)
     args = marvel.Args(lagrangian=lagrangian, cost_limit=25.0, reserve=0.2, **gains)  # aims at 20
-    update = lambda m, cost: (marvel.update_multiplier(m, cost, args),) * 2
-    m, reference = marvel.init_multiplier(args), Controller(args)
+    update = lambda m, cost: (update_multiplier(m, cost, args),) * 2
+    m, reference = init_multiplier(args), Controller(args)
     if variant is VARIANTS["plain"]:  # op by op is slow: the beginning only
         costs, found = SCRIPT[:15], []
         for cost in costs:
@@ -273,14 +274,14 @@ def test_update_multiplier_against_plain_python(lagrangian, start, variant):
 def test_update_multiplier_first_step_by_hand():
     """Averages start at the first value, and there is no derivative yet: 0.01 * 10 + 0.001 * 10 = 0.11."""
     args = marvel.Args(lagrangian="pid", cost_limit=25, reserve=0.2, kp=0.01, ki=0.001, kd=5.0, pid_delay=2)  # aims at 20
-    m = marvel.init_multiplier(args)
+    m = init_multiplier(args)
     for cost, expected in (
         (30.0, 0.11),  # e = 10: P = 0.1, I = 0.01
         (40.0, 0.15),  # e = 20: P = 0.01 (0.8 * 10 + 0.2 * 20) = 0.12, I = 0.03; D not before the third update
     ):
-        m = marvel.update_multiplier(m, jnp.float32(cost), args)
+        m = update_multiplier(m, jnp.float32(cost), args)
         assert float(m.value) == pytest.approx(expected, rel=1e-5)
-    m = marvel.update_multiplier(m, jnp.float32(40), args)
+    m = update_multiplier(m, jnp.float32(40), args)
     # P = 0.01 (0.8 * 12 + 0.2 * 20) = 0.136, I = 0.05, cost averages 30, 32, 33.6: D = 3.6, Kd D = 18: beyond the bound
     assert float(m.value) == args.max_multiplier
     assert float(m.cost_emas[0] - m.cost_emas[2]) == pytest.approx(3.6, rel=1e-5)
@@ -289,10 +290,10 @@ def test_update_multiplier_first_step_by_hand():
 def test_the_integral_does_not_wind_up():
     """However long the limit was missed, the integral leaves its bound with the first update below the limit."""
     args = marvel.Args(lagrangian="dual", ki=0.01, reserve=0.0)
-    m = marvel.init_multiplier(args)
+    m = init_multiplier(args)
     for _ in range(100):
-        m = marvel.update_multiplier(m, jnp.float32(500), args)
-    assert float(marvel.update_multiplier(m, jnp.float32(0), args).value) == pytest.approx(args.max_multiplier - 0.2)
+        m = update_multiplier(m, jnp.float32(500), args)
+    assert float(update_multiplier(m, jnp.float32(0), args).value) == pytest.approx(args.max_multiplier - 0.2)
 
 
 @BOTH
@@ -301,9 +302,9 @@ def test_the_integral_does_not_wind_up():
 def test_extreme_limits(algo, limit, lagrangian):
     """No cost allowed, and no constraint (`inf: no constraint`, sac_lag.Args): lambda and gains stay finite."""
     args = algo.Args(lagrangian=lagrangian, cost_limit=limit)
-    m = algo.init_multiplier(args)
+    m = init_multiplier(args)
     for cost in (0.0, 50.0, 20.0, 0.0, 80.0, 80.0, 3.0):
-        m = algo.update_multiplier(m, jnp.float32(cost), args)
+        m = update_multiplier(m, jnp.float32(cost), args)
         assert np.isfinite(m.value) and np.all(np.isfinite(m.gains)), cost
         if limit == math.inf:
             assert m.value == 0
@@ -330,14 +331,23 @@ class Policy:
         return mean, jnp.broadcast_to(params["s"], mean.shape)
 
 
+class Fixed(NamedTuple):
+    args: Any
+    networks: Any
+    horizon: int = 50
+
+
+def thresholds(fixed):
+    return offline.thresholds(fixed.args.cost_limit, fixed.args.gamma, fixed.horizon)
+
+
 def setting(algo, **changes):
     """(fixed, batch, actor, critics, targets) on linear networks; 8 of 40 transitions are terminal."""
     rng = np.random.default_rng(7)
     args = replace(algo.Args(gamma=GAMMA, reward_scale=SCALE), **{"termination_cost": DYING} | changes)
-    env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50, privileged_size=0)
-    fixed = algo.Fixed(args, env, {"actor": Policy(), "reward": Linear(), "cost": Linear()}, {})
+    fixed = Fixed(args, Networks(Policy(), Linear(), Linear(), None))
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
-    batch = algo.Batch(
+    batch = Batch(
         normal(N, OBS), jnp.tanh(normal(N, ACTION)), normal(N), jnp.float32(rng.integers(0, 2, N)), normal(N, OBS),
         jnp.float32(np.arange(N) % 5 == 0),
     )  # fmt: skip
@@ -357,7 +367,7 @@ def features(obs, action):
 def next_action(actor, obs, key):
     """What the losses draw at next_obs with `key`: (action, log-probability by change of variables)."""
     mean, log_std = Policy().apply(actor, obs)
-    action = np.float64(marvel.sample_action(key, mean, log_std)[0])
+    action = np.float64(networks.sample_action(key, mean, log_std)[0])
     mean, log_std = np.float64(mean), np.float64(log_std)
     log_prob = scipy.stats.norm.logpdf(np.arctanh(action), mean, np.exp(log_std)) - np.log(1 - action**2)
     return action, log_prob.sum(-1)
@@ -388,7 +398,7 @@ def test_marvel_critic_targets(weights, variant):
     """Both entropy terms are plus; time-outs (terminated = 0) bootstrap, terminal states do not."""
     fixed, batch, actor, critics, targets = setting(marvel)
     key = jax.random.key(5)
-    loss = lambda c, a, t, b, k: marvel.critic_loss(c, a, t, weights, b, k, fixed)[0]
+    loss = lambda c, a, t, b, k: marvel.critic_loss(c, a, t, weights, b, k, fixed.networks, fixed.args)[0]
     value, gradient = variant(jax.value_and_grad(loss))(critics, actor, targets, batch, key)
     y_r, y_c = soft_targets(batch, actor, targets, key, *weights)
     check_regression(value, gradient, batch, critics, y_r, y_c)
@@ -404,7 +414,7 @@ def test_sac_critic_targets(alpha, variant):
     key = jax.random.key(5)
 
     def loss(c, a, log_alpha, t, b, k):
-        return sac_lag.critic_loss(c, {"actor": a, "log_alpha": log_alpha}, t, b, k, fixed)[0]
+        return sac_lag.critic_loss(c, {"actor": a, "log_alpha": log_alpha}, t, b, k, fixed.networks, fixed.args)[0]
 
     log_alpha = jnp.log(jnp.float32(alpha))
     value, gradient = variant(jax.value_and_grad(loss))(critics, actor, log_alpha, targets, batch, key)
@@ -414,9 +424,9 @@ def test_sac_critic_targets(alpha, variant):
 def run_actor_loss(algo, actor, critics, multiplier, batch, key, fixed, alpha):
     if algo is marvel:
         fixed = fixed._replace(args=replace(fixed.args, entropy_weight=alpha))
-        return marvel.actor_loss(actor, {"critics": critics, "prior": actor}, multiplier, 0.2, batch, key, fixed)
+        return marvel.actor_loss(actor, critics, actor, multiplier, 0.2, batch, key, fixed.networks, fixed.args)
     params = {"critics": critics, "log_alpha": jnp.log(jnp.float32(alpha))}
-    return sac_lag.actor_loss(actor, params, multiplier, batch, key, fixed)
+    return sac_lag.actor_loss(actor, params, multiplier, batch, key, fixed.networks)
 
 
 @BOTH
@@ -441,9 +451,7 @@ def test_actor_loss_direction(algo):
     fixed, batch, actor, *_ = setting(algo)
     axis = lambda i: jnp.zeros((1, 1 + OBS + ACTION)).at[0, 1 + OBS + i].set(1.0)
     critics = {"reward": jnp.repeat(axis(0), 2, 0), "cost": axis(1)}
-    gradient = lambda m, alpha: jax.grad(
-        lambda a: run_actor_loss(algo, a, critics, m, batch, jax.random.key(0), fixed, alpha)[0]
-    )(actor)
+    gradient = lambda m, alpha: jax.grad(lambda a: run_actor_loss(algo, a, critics, m, batch, jax.random.key(0), fixed, alpha)[0])(actor)
     free, bound = gradient(0.0, 1e-9), gradient(2.0, 1e-9)
     assert free["b"][0] < 0 and abs(free["b"][1]) < 1e-6
     assert bound["b"][1] > 0 and float(bound["b"][0]) == pytest.approx(float(free["b"][0]), rel=1e-5)
@@ -470,14 +478,19 @@ def ood_sample():
 
 def cpq(critics, actor, targets, batch, log_dual, key, fixed, ood=None):
     ood = ood_sample() if ood is None else ood
-    return marvel.cpq_critic_loss(critics, {"actor": actor, "log_dual": log_dual}, targets, batch, ood, key, fixed)[0]
+    return cpq_loss(critics, {"actor": actor, "log_dual": log_dual}, targets, batch, ood, key, fixed)[0]
+
+
+def cpq_loss(critics, params, targets, batch, ood, key, fixed):
+    bound = 1.0 / (1.0 - fixed.args.gamma)  # costs are at most 1
+    return offline.cpq_critic_loss(critics, params, targets, batch, ood, key, fixed.networks, fixed.args, thresholds(fixed), bound)
 
 
 def cloned(seed=13):
     """Transitions of safe trajectories to clone."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
-    return marvel.Batch(normal(9, OBS), jnp.tanh(normal(9, ACTION)), normal(9), normal(9), normal(9, OBS), normal(9))
+    return Batch(normal(9, OBS), jnp.tanh(normal(9, ACTION)), normal(9), normal(9), normal(9, OBS), normal(9))
 
 
 def cpq_targets(batch, actor, targets, key, q_thres):
@@ -527,7 +540,7 @@ def test_cpq_ood_penalty_moves_the_online_cost_critic(level, variant):
     gradient_with, gradient_without = gradient(math.log(alpha)), gradient(-100.0)
     ood_obs, ood_action, weight = numbers(ood_sample())
     phi = features(ood_obs, ood_action)[weight == 1].mean(0)
-    below = phi @ np.float64(critics["cost"][0]) < marvel.thresholds(fixed.args, 50)[1]
+    below = phi @ np.float64(critics["cost"][0]) < thresholds(fixed)[1]
     assert below == (level < 0)
     difference = np.float64(gradient_with["cost"][0]) - np.float64(gradient_without["cost"][0])
     np.testing.assert_allclose(difference, -alpha * phi * below, atol=1e-3)
@@ -545,13 +558,13 @@ def test_cpq_without_far_actions_has_no_penalty():
     gradient = lambda log_dual: jax.grad(cpq)(critics, actor, targets, batch, log_dual, jax.random.key(0), fixed, none)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(1.0), gradient(-100.0))
     params = {"actor": actor, "log_dual": 1.0}
-    info = marvel.cpq_critic_loss(critics, params, targets, batch, none, jax.random.key(0), fixed)[1]
-    assert float(info["qc_ood"]) == pytest.approx(marvel.thresholds(fixed.args, 50)[1])
+    info = cpq_loss(critics, params, targets, batch, none, jax.random.key(0), fixed)[1]
+    assert float(info["qc_ood"]) == pytest.approx(thresholds(fixed)[1])
 
 
 def test_dual_direction():
     """alpha rises while the OOD actions' Qc is below qc_thres, falls above; the loss does not move Qc itself."""
-    gradient = lambda qc, which=0: float(jax.grad(marvel.dual_loss, which)(jnp.float32(0.5), jnp.float32(qc), 6.0))
+    gradient = lambda qc, which=0: float(jax.grad(offline.dual_loss, which)(jnp.float32(0.5), jnp.float32(qc), 6.0))
     assert gradient(2.0) == pytest.approx(-4 * math.exp(0.5), rel=1e-5)
     assert gradient(7.0) == pytest.approx(math.exp(0.5), rel=1e-5)
     assert gradient(2.0, 1) == 0
@@ -559,27 +572,27 @@ def test_dual_direction():
 
 def real_networks():
     """Marvel's own networks on 3 observations and 2 actions, and 48 transitions."""
-    env = SimpleNamespace(obs_size=OBS, action_size=ACTION, horizon=50, privileged_size=0)
+    env = SimpleNamespace(obs_size=OBS, action_size=ACTION)
     args = marvel.Args(reward_scale=0.1, hidden=(16,), vae_hidden=(16,), ood_states=32, ood_actions=10, gamma=GAMMA)
-    fixed = marvel.build(args, env, {})
-    params = marvel.init_params(jax.random.key(0), fixed)
+    fixed = Fixed(args, training.make_networks(args, env))
+    params = training.init_params(jax.random.key(0), fixed.networks, OBS) | {"log_dual": jnp.log(jnp.float32(args.init_dual))}
     # At their first values all actions are about as far out; stronger encoder weights tell them apart.
     params["vae"] = jax.tree.map(lambda x: 2.0 * x, params["vae"])
     rng = np.random.default_rng(1)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
     action = 0.5 * jnp.tanh(normal(48, ACTION))
-    return fixed, params, marvel.Batch(normal(48, OBS), action, normal(48), normal(48), normal(48, OBS), jnp.zeros(48))
+    return fixed, params, Batch(normal(48, OBS), action, normal(48), normal(48), normal(48, OBS), jnp.zeros(48))
 
 
 def all_policy_actions(params, batch, key, fixed):
     """(obs, action, KL) of all 320 policy actions, and the KL of the batch's own, the divergence in float64."""
 
     def divergence(obs, action):
-        mean, log_std = numbers(fixed.networks["vae"].apply(params["vae"], obs, action, method="encode"))
+        mean, log_std = numbers(fixed.networks.vae.apply(params["vae"], obs, action, method="encode"))
         return 0.5 * (mean**2 + np.exp(2 * log_std) - 1 - 2 * log_std).mean(-1)
 
     obs = jnp.repeat(batch.obs[:32], 10, 0)
-    action, _ = marvel.sample_action(key, *fixed.networks["actor"].apply(params["actor"], obs))
+    action, _ = networks.sample_action(key, *fixed.networks.actor.apply(params["actor"], obs))
     return obs, action, divergence(obs, action), divergence(batch.obs, batch.action)
 
 
@@ -587,7 +600,7 @@ def test_ood_actions_are_the_top_quarter(variant):
     """The 80 of 320 with the largest KL, as a full sort has them; weight 1 where beyond 99% of the data's own."""
     fixed, params, batch = real_networks()
     key = jax.random.key(4)
-    ood_obs, ood_action, weight = variant(lambda p, b, k: marvel.ood_actions(p, b, k, fixed))(params, batch, key)
+    ood_obs, ood_action, weight = variant(lambda p, b, k: offline.ood_actions(p, b, k, fixed.networks, fixed.args))(params, batch, key)
     obs, action, kl, own = all_policy_actions(params, batch, key, fixed)
     top = np.argsort(-kl)[:80]
     assert ood_obs.shape == (80, OBS) and ood_action.shape == (80, ACTION)
@@ -604,9 +617,9 @@ def test_gathered_penalty_equals_the_full_one():
     key = jax.random.key(4)
     obs, action, kl, own = all_policy_actions(params, batch, key, fixed)
     mask = (kl >= np.sort(kl)[-80]) & (kl > np.quantile(own, 0.99))
-    gathered = marvel.ood_actions(params, batch, key, fixed)
+    gathered = offline.ood_actions(params, batch, key, fixed.networks, fixed.args)
     full = (obs, action, jnp.float32(mask))
-    loss = lambda critics, ood: marvel.cpq_critic_loss(critics, params, params["critics"], batch, ood, key, fixed)[0]
+    loss = lambda critics, ood: cpq_loss(critics, params, params["critics"], batch, ood, key, fixed)[0]
     (a, a_gradient), (b, b_gradient) = (jax.value_and_grad(loss)(params["critics"], ood) for ood in (gathered, full))
     assert float(a) == pytest.approx(float(b), rel=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), a_gradient, b_gradient)
@@ -616,11 +629,11 @@ def test_cpq_actor_loss_value(variant):
     """-mean(1[Qc <= q_thres] min Q) / mean|min Q| + cloning weight * mean(-log pi) of safe trajectories' actions."""
     fixed, batch, actor, critics, _ = setting(marvel, cost_limit=1.0, cloning_weight=0.2)
     key = jax.random.key(3)
-    loss = lambda a, c, b, safe, k: marvel.cpq_actor_loss(a, c, b, safe, k, fixed)[0]
+    loss = lambda a, c, b, safe, k: offline.cpq_actor_loss(a, c, b, safe, k, fixed.networks, fixed.args, thresholds(fixed)[0])[0]
     value = variant(loss)(actor, critics, batch, cloned(), key)
     phi = features(np.float64(batch.obs), next_action(actor, batch.obs, key)[0])
     q, qc = (phi @ numbers(critics)["reward"].T).min(-1), phi @ numbers(critics)["cost"][0]
-    safe = qc <= marvel.thresholds(fixed.args, 50)[0]
+    safe = qc <= thresholds(fixed)[0]
     assert 3 < safe.sum() < N - 3
     mean, log_std = numbers(Policy().apply(actor, cloned().obs))
     a = np.float64(cloned().action)
@@ -633,18 +646,20 @@ def test_cpq_actor_ignores_unsafe_actions():
     """Where every action is unsafe, Q has no say: without cloning the gradient is zero."""
     fixed, batch, actor, critics, _ = setting(marvel, cost_limit=1.0, cloning_weight=0.0)
     unsafe = {**critics, "cost": jnp.zeros((1, 1 + OBS + ACTION)).at[0, 0].set(50.0)}
-    loss = lambda a, c: marvel.cpq_actor_loss(a, c, batch, cloned(), jax.random.key(0), fixed)[0]
+    loss = lambda a, c: offline.cpq_actor_loss(a, c, batch, cloned(), jax.random.key(0), fixed.networks, fixed.args, thresholds(fixed)[0])[
+        0
+    ]
     gradient = lambda c: jax.grad(loss)(actor, c)
     assert all(np.all(g == 0) for g in jax.tree.leaves(gradient(unsafe)))
     assert any(np.any(g != 0) for g in jax.tree.leaves(gradient(critics)))
 
 
 def test_vae_loss_value():
-    fixed, batch, *_ = setting(marvel, vae_beta=0.5)
+    _, batch, *_ = setting(marvel)
     rng = np.random.default_rng(0)
     out = rng.normal(size=(N, ACTION)), rng.normal(size=(N, 4)), rng.normal(size=(N, 4))
     vae = SimpleNamespace(apply=lambda params, obs, action, key: tuple(map(jnp.float32, out)))
-    loss, _ = marvel.vae_loss(None, batch, None, fixed._replace(networks={"vae": vae}))
+    loss = networks.vae_loss(None, batch.obs, batch.action, None, vae, 0.5)
     kl = 0.5 * (out[1] ** 2 + np.exp(2 * out[2]) - 1 - 2 * out[2])
     assert float(loss) == pytest.approx(np.mean((out[0] - np.float64(batch.action)) ** 2) + 0.5 * kl.mean(), rel=1e-5)
 
@@ -652,26 +667,32 @@ def test_vae_loss_value():
 # ---------------------------------------------------------------- targets, optimisers
 
 
-@BOTH
-def test_follow_and_descend(algo):
+def test_update_targets_and_apply_gradient():
     """Targets move by tau; one Adam step of one entry is its rate against the gradient's sign, and nothing else
     moves."""
-    args = algo.Args(hidden=(8,), tau=0.1)
-    fixed = algo.build(args, probes.OneStep(), {"actor": 0.01, "critics": 0.02})
-    learner = algo.start_phase(algo.init_params(jax.random.key(0), fixed), fixed)
+    args, env = marvel.Args(hidden=(8,), vae_hidden=(8,)), probes.OneStep()
+    optimizers = {"actor": optax.adam(0.01), "critics": training.critic_adam(0.02)}
+    params = training.init_params(jax.random.key(0), training.make_networks(args, env), env.obs_size)
+    learner = training.init_learner(params, optimizers)
     ones = jax.tree.map(jnp.ones_like, learner.params["critics"])
-    moved = algo.descend(learner, fixed, "critics", ones)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b - 0.02, atol=1e-5),
-        moved.params["critics"], learner.params["critics"],
-    )
+    moved = training.apply_gradient(learner, optimizers, "critics", ones)
+    lower = lambda by: lambda a, b: np.testing.assert_allclose(a, b - by, atol=1e-5)
+    jax.tree.map(lower(0.02), moved.params["critics"], learner.params["critics"])
     assert moved.params["actor"] is learner.params["actor"] and moved.targets is learner.targets
     assert moved.optimizers["actor"] is learner.optimizers["actor"]
-    followed = algo.follow(moved, fixed)
+    followed = training.update_targets(moved, 0.1)
     jax.tree.map(
         lambda t, old, new: np.testing.assert_allclose(t, 0.9 * old + 0.1 * new, atol=1e-6),
         followed.targets, learner.targets, moved.params["critics"],
     )  # fmt: skip
+
+
+def test_the_cost_critic_can_have_a_step_size_of_its_own():
+    params = {"critics": {"reward": jnp.ones(3), "cost": jnp.ones(3)}}
+    optimizers = {"critics": training.critic_adam(0.02, 0.05)}
+    moved = training.apply_gradient(training.init_learner(params, optimizers), optimizers, "critics", params["critics"])
+    np.testing.assert_allclose(moved.params["critics"]["reward"], 0.98, atol=1e-5)
+    np.testing.assert_allclose(moved.params["critics"]["cost"], 0.95, atol=1e-5)
 
 
 # ---------------------------------------------------------------- replay
@@ -680,13 +701,13 @@ def test_follow_and_descend(algo):
 def numbered(first, n):
     """Transitions that carry their number in every field."""
     i = jnp.arange(first, first + n, dtype=jnp.float32)
-    return marvel.Batch(jnp.stack([i, -i], -1), i[:, None] / 2, i, 2 * i, jnp.stack([i, i], -1), i % 2)
+    return Batch(jnp.stack([i, -i], -1), i[:, None] / 2, i, 2 * i, jnp.stack([i, i], -1), i % 2)
 
 
 def test_insert_wraps_around(variant):
     empty = jax.tree.map(lambda x: jnp.full_like(x, -1.0), numbered(0, 12))
-    replay, held = marvel.Replay(empty, jnp.int32(0)), [-1] * 12
-    insert = variant(marvel.insert)
+    replay, held = buffer.Replay(empty, jnp.int32(0)), [-1] * 12
+    insert = variant(buffer.insert)
     for block in range(8):
         replay = insert(replay, numbered(4 * block, 4))
         for i in range(4 * block, 4 * block + 4):
@@ -698,7 +719,7 @@ def test_insert_wraps_around(variant):
 
 
 def test_sample_takes_whole_rows_of_the_filled_part():
-    batch = marvel.sample(jax.random.key(0), numbered(0, 100), 5000, jnp.int32(10))
+    batch = buffer.sample(jax.random.key(0), numbered(0, 100), 5000, jnp.int32(10))
     np.testing.assert_array_equal(np.unique(batch.reward), np.arange(10))
     assert scipy.stats.chisquare(np.bincount(np.int64(batch.reward))).pvalue > 0.01
     np.testing.assert_array_equal(batch.next_obs[:, 0], batch.reward)
@@ -708,14 +729,15 @@ def test_sample_takes_whole_rows_of_the_filled_part():
 # ---------------------------------------------------------------- episodes
 
 ZERO = lambda obs, key: jnp.zeros((*obs.shape[:-1], 1))
+PASSIVE = lambda obs, key, elapsed: ZERO(obs, key)
 
 
 def test_collect_counts_every_episode_once(variant):
     """Blocks shorter than, and out of step with, episodes: what they add up to is what an own count over the
     transitions has."""
     env, envs_, steps, blocks = probes.Staggered(6), 7, 5, 9
-    actors = marvel.init_actors(jax.random.key(0), env, envs_)
-    run = variant(lambda actors, key: marvel.collect(actors, ZERO, key, env, steps))
+    actors = rollout.start_rollout(jax.random.key(0), env, envs_)
+    run = variant(lambda actors, key: rollout.collect(actors, PASSIVE, key, env, steps))
     total, batches = np.zeros(4), []
     for block in range(blocks):
         actors, batch, ended = run(actors, jax.random.key(block))
@@ -723,8 +745,7 @@ def test_collect_counts_every_episode_once(variant):
         total += np.array(ended)
         batches.append(batch)
     obs, reward, cost, next_obs, terminated = (
-        np.concatenate([np.asarray(getattr(b, k)) for b in batches])
-        for k in ("obs", "reward", "cost", "next_obs", "terminated")
+        np.concatenate([np.asarray(getattr(b, k)) for b in batches]) for k in ("obs", "reward", "cost", "next_obs", "terminated")
     )
     expected, some_time_out = np.zeros(4), False
     for i in range(envs_):
@@ -742,14 +763,14 @@ def test_collect_counts_every_episode_once(variant):
                 t = 0
     assert some_time_out
     np.testing.assert_allclose(total, expected)
-    means = marvel.Episodes(*map(jnp.float32, total)).means()
+    means = rollout.Episodes(*map(jnp.float32, total)).means()
     assert float(means["return"]) == pytest.approx(expected[1] / expected[0], rel=1e-6)
 
 
 def test_no_episode_ended():
     """Means are zero and not NaN."""
-    actors = marvel.init_actors(jax.random.key(0), probes.Constant(1.0, 1.0, 10), 3)
-    _, _, ended = marvel.collect(actors, ZERO, jax.random.key(0), probes.Constant(1.0, 1.0, 10), 9)
+    actors = rollout.start_rollout(jax.random.key(0), probes.Constant(1.0, 1.0, 10), 3)
+    _, _, ended = rollout.collect(actors, PASSIVE, jax.random.key(0), probes.Constant(1.0, 1.0, 10), 9)
     assert [float(x) for x in ended.means().values()] == [0, 0, 0, 0]
 
 
@@ -763,7 +784,7 @@ def test_no_episode_ended():
     ids=["time-out", "terminal", "both"],
 )
 def test_evaluate_known_episodes(env, expected, variant):
-    found = variant(lambda key: marvel.evaluate(ZERO, key, env, 6).means())(jax.random.key(0))
+    found = variant(lambda key: rollout.evaluate(ZERO, key, env, 6).means())(jax.random.key(0))
     assert {k: float(v) for k, v in found.items()} == {"episodes": 6, **expected}
 
 
@@ -771,7 +792,7 @@ def test_evaluate_stops_at_the_first_end():
     """Of each row only the first episode counts, however many restarts follow; lengths are drawn from 1..7, at most
     6."""
     env, key = probes.Staggered(6), jax.random.key(3)
-    found = marvel.evaluate(ZERO, key, env, 500)
+    found = rollout.evaluate(ZERO, key, env, 500)
     n = np.asarray(env.reset(jax.random.split(jax.random.split(key)[0], 500))[1][:, 0])
     t = np.minimum(n, 6)
     np.testing.assert_allclose(np.array(found), [500, (n * t).sum(), (t * (t - 1) / 2).sum(), t.sum()])
@@ -780,19 +801,22 @@ def test_evaluate_stops_at_the_first_end():
 def test_evaluate_passes_the_policy_what_it_sees():
     """Cost of DelayedCost: 1 exactly if the first action is positive; reward is the last action."""
     policy = lambda obs, key: jnp.where(obs[..., :1] == 0, 0.5, -0.25)
-    found = marvel.evaluate(policy, jax.random.key(0), probes.DelayedCost(), 4).means()
+    found = rollout.evaluate(policy, jax.random.key(0), probes.DelayedCost(), 4).means()
     assert {k: float(v) for k, v in found.items()} == {"episodes": 4, "return": -0.25, "cost": 1, "length": 3}
 
 
 def test_actors_episode_sums_restart():
     env = probes.Constant(2.0, 1.0, 4)
-    actors = marvel.init_actors(jax.random.key(0), env, 2)
-    actors, _, ended = marvel.collect(actors, ZERO, jax.random.key(0), env, 6)
-    np.testing.assert_array_equal(actors.running, [[4, 2, 2]] * 2)
+    actors = rollout.start_rollout(jax.random.key(0), env, 2)
+    actors, _, ended = rollout.collect(actors, PASSIVE, jax.random.key(0), env, 6)
+    np.testing.assert_array_equal(actors.sums, [[4, 2, 2]] * 2)
     np.testing.assert_array_equal(np.array(ended), [2, 16, 8, 8])
 
 
 # ---------------------------------------------------------------- Monte-Carlo returns
+
+
+DISCOUNT = 0.9, 0.1, 0.0  # gamma, reward scale, cost of a terminal step
 
 
 def geometric(gamma, steps):
@@ -802,8 +826,8 @@ def geometric(gamma, steps):
 def test_monte_carlo_through_time_outs(variant):
     """Half a horizon of discounted rewards (scaled) and costs from every point, although episodes would time out on
     the way."""
-    env, args = probes.Constant(3.0, 0.5, 20), marvel.Args(gamma=0.9, reward_scale=0.1)
-    points = variant(lambda key: marvel.monte_carlo_points(ZERO, ZERO, key, env, 16, args))(jax.random.key(0))
+    env = probes.Constant(3.0, 0.5, 20)
+    points = variant(lambda key: rollout.monte_carlo_points(ZERO, ZERO, key, env, 16, *DISCOUNT))(jax.random.key(0))
     np.testing.assert_allclose(points.returns, np.full(16, 0.3 * geometric(0.9, 10)), rtol=1e-5)
     np.testing.assert_allclose(points.costs, np.full(16, 0.5 * geometric(0.9, 10)), rtol=1e-5)
 
@@ -811,8 +835,8 @@ def test_monte_carlo_through_time_outs(variant):
 def test_monte_carlo_stops_at_terminal_states(variant):
     """From clock k of 12 there are 12 - k steps, of which half a horizon (10) counts at most; points lie at many
     clocks."""
-    env, args = probes.Constant(3.0, 0.5, 20, terminal_at=12), marvel.Args(gamma=0.9, reward_scale=0.1)
-    points = variant(lambda key: marvel.monte_carlo_points(ZERO, ZERO, key, env, 64, args))(jax.random.key(0))
+    env = probes.Constant(3.0, 0.5, 20, terminal_at=12)
+    points = variant(lambda key: rollout.monte_carlo_points(ZERO, ZERO, key, env, 64, *DISCOUNT))(jax.random.key(0))
     clock = np.argmax(points.obs, -1)
     assert clock.min() == 0 and clock.max() == 9
     np.testing.assert_allclose(points.returns, 0.3 * geometric(0.9, np.minimum(12 - clock, 10)), rtol=1e-5)
@@ -821,11 +845,11 @@ def test_monte_carlo_stops_at_terminal_states(variant):
 
 def test_monte_carlo_takes_the_recorded_action_first():
     """The return starts with the recorded action, which is `explore`'s and not `policy`'s."""
-    env, args = probes.OneStep(), marvel.Args(gamma=0.9, reward_scale=0.1)
+    env = probes.OneStep()
     env.horizon = 2
     explore = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], 1), minval=-1.0)
     policy = lambda obs, key: jnp.full((*obs.shape[:-1], 1), 0.77)
-    points = marvel.monte_carlo_points(explore, policy, jax.random.key(0), env, 50, args)
+    points = rollout.monte_carlo_points(explore, policy, jax.random.key(0), env, 50, *DISCOUNT)
     a = np.float64(points.action[:, 0])
     assert a.std() > 0.3
     np.testing.assert_allclose(points.returns, 0.1 * a, atol=1e-6)  # terminal after it: the policy's 0.77 never counts
@@ -837,16 +861,15 @@ def test_rank_correlations_see_the_order():
     rng = np.random.default_rng(0)
     obs, action = jnp.float32(rng.normal(size=(30, OBS))), jnp.float32(rng.normal(size=(30, ACTION)))
     first, second = jnp.zeros((1, 6)).at[0, 1].set(1.0), jnp.zeros((1, 6)).at[0, 4].set(1.0)
-    points = marvel.Points(obs, action, obs[:, 0], -action[:, 0])
-    networks = {"reward": Linear(), "cost": Linear()}
+    points = rollout.Points(obs, action, obs[:, 0], -action[:, 0])
     # the minimum is the first
     critics = {"reward": jnp.concatenate([first, first + 5.0 * jnp.eye(1, 6)]), "cost": second}
-    found = marvel.rank_correlations(critics, points, points, networks)
+    found = diagnostics.rank_correlations(critics, points, points, Networks(None, Linear(), Linear(), None))
     for key, value in {"rank_q_policy": 1, "rank_q_random": 1, "rank_qc_policy": -1, "rank_qc_random": -1}.items():
         assert float(found[key]) == pytest.approx(value, abs=1e-5)
 
 
-def test_drift_against_numerical_integration(variant):
+def test_kl_divergence_against_numerical_integration(variant):
     """KL of two tanh-Gaussians, worked out on the actions' own densities, summed over two dimensions."""
     pairs = [(0.3, -0.4, -0.2, 0.1), (-0.5, -1.0, 0.0, -0.6)]
     expected = 0.0
@@ -854,14 +877,15 @@ def test_drift_against_numerical_integration(variant):
         p, q = (lambda a, m=m, s=s: density(a, m, s) for m, s in ((mean, log_std), (prior_mean, prior_log_std)))
         expected += scipy.integrate.quad(lambda a: p(a) * np.log(p(a) / q(a)), -0.99999, 0.99999, limit=400)[0]
     columns = [jnp.float32(x)[None] for x in zip(*pairs)]
-    assert float(variant(marvel.drift)(*columns)[0]) == pytest.approx(expected, rel=2e-3)
+    assert float(variant(networks.kl_divergence)(*columns)[0]) == pytest.approx(expected, rel=2e-3)
 
 
 def test_anchor_pulls_the_policy_back():
     fixed, batch, actor, critics, _ = setting(marvel)
     flat, prior = jax.tree.map(jnp.zeros_like, critics), jax.tree.map(lambda x: x + 0.5, actor)
     fixed = fixed._replace(args=replace(fixed.args, entropy_weight=0.0))
-    loss = lambda a, anchor=1.0: marvel.actor_loss(a, {"critics": flat, "prior": prior}, 0.0, anchor, batch, jax.random.key(0), fixed)[0]
+    rest = (batch, jax.random.key(0), fixed.networks, fixed.args)
+    loss = lambda a, anchor=1.0: marvel.actor_loss(a, flat, prior, 0.0, anchor, *rest)[0]
     step = jax.tree.map(lambda a, g: a - 1e-3 * g, actor, jax.grad(loss)(actor))
     assert loss(step) < loss(actor)
     assert float(loss(prior)) == pytest.approx(0.0, abs=1e-5)
@@ -871,12 +895,116 @@ def test_anchor_pulls_the_policy_back():
 def test_anchor_fades():
     """0.2 over half of 10 iterations: 4/5 of it after the first, a tenth, its floor, from the fifth on."""
     args = marvel.Args(anchor_weight=0.2, anchor_decay=0.5, anchor_floor=0.1, iterations=10)
-    np.testing.assert_allclose([marvel.anchor_at(n, args) for n in (0, 1, 4, 5, 9)], [0.2, 0.16, 0.04, 0.02, 0.02], atol=1e-7)
+    np.testing.assert_allclose([finetuning.anchor_weight(n, args) for n in (0, 1, 4, 5, 9)], [0.2, 0.16, 0.04, 0.02, 0.02], atol=1e-7)
 
 
-def test_hold_actor():
-    old = marvel.Learner({"actor": 1.0, "critics": 2.0}, 3.0, {"actor": 4.0, "critics": 5.0})
-    new = marvel.Learner({"actor": 10.0, "critics": 20.0}, 30.0, {"actor": 40.0, "critics": 50.0})
-    held = marvel.hold_actor(new, old, True)
-    assert jax.tree.map(float, held) == marvel.Learner({"actor": 1.0, "critics": 20.0}, 30.0, {"actor": 4.0, "critics": 50.0})
-    assert jax.tree.map(float, marvel.hold_actor(new, old, False)) == new
+def test_freeze_actor():
+    old = training.Learner({"actor": 1.0, "critics": 2.0}, 3.0, {"actor": 4.0, "critics": 5.0})
+    new = training.Learner({"actor": 10.0, "critics": 20.0}, 30.0, {"actor": 40.0, "critics": 50.0})
+    held = finetuning.freeze_actor(new, old, True)
+    assert jax.tree.map(float, held) == training.Learner({"actor": 1.0, "critics": 20.0}, 30.0, {"actor": 4.0, "critics": 50.0})
+    assert jax.tree.map(float, finetuning.freeze_actor(new, old, False)) == new
+
+
+# ---------------------------------------------------------------- switches: the paper's or the release's value of each
+
+
+def test_ood_penalty_as_published(variant):
+    """Two-sided: above qc_thres it pushes down. Without a gradient (OSRL) it moves the loss by the target critic's value only."""
+    fixed, batch, actor, critics, targets = setting(marvel, cost_limit=1.0, one_sided_penalty=False)
+    critics = {**critics, "cost": critics["cost"].at[0, 0].set(30.0)}
+    key, alpha = jax.random.key(0), 1.7
+    ood_obs, ood_action, weight = numbers(ood_sample())
+    phi = features(ood_obs, ood_action)[weight == 1].mean(0)
+    value = lambda fixed, log_dual: variant(jax.value_and_grad(lambda c, a, t, b, k: cpq(c, a, t, b, log_dual, k, fixed)))(
+        critics, actor, targets, batch, key
+    )
+    (_, on), (_, off) = value(fixed, math.log(alpha)), value(fixed, -100.0)
+    np.testing.assert_allclose(np.float64(on["cost"][0]) - off["cost"][0], -alpha * phi, atol=2e-3)
+    blind = fixed._replace(args=replace(fixed.args, ood_gradient=False))
+    (on_loss, on), (off_loss, off) = value(blind, math.log(alpha)), value(blind, -100.0)
+    np.testing.assert_allclose(on["cost"], off["cost"], atol=1e-6)
+    expected = phi @ np.float64(targets["cost"][0]) - thresholds(fixed)[1]
+    assert float(off_loss - on_loss) == pytest.approx(alpha * expected, rel=1e-3)
+
+
+def test_cost_target_bound(variant):
+    """Clipped to what the largest cost of a step can add up to, which may be more than 1; or not at all."""
+    fixed, batch, actor, critics, targets = setting(marvel, cost_limit=1e6, termination_cost=0.0)
+    targets = {**targets, "cost": jnp.zeros((1, 1 + OBS + ACTION)).at[0, 0].set(70.0)}
+    params, alive = {"actor": actor, "log_dual": -100.0}, GAMMA * (1 - np.float64(batch.terminated))
+    for bound, clip, backup in ((40.0, True, 40.0), (400.0, True, 70.0), (40.0, False, 70.0)):
+        args = replace(fixed.args, clip_cost_target=clip)
+        limits, nets = thresholds(fixed), fixed.networks
+        loss = lambda c, b, k: offline.cpq_critic_loss(c, params, targets, b, ood_sample(), k, nets, args, limits, bound)[1]
+        found = variant(loss)(critics, batch, jax.random.key(0))["cost_critic_loss"]
+        qc = features(*numbers((batch.obs, batch.action))) @ np.float64(critics["cost"][0])
+        assert float(found) == pytest.approx(np.mean((qc - np.float64(batch.cost) - alive * backup) ** 2), rel=1e-4)
+
+
+def test_ood_actions_as_published():
+    """All states of the batch, a chosen share of the actions, no gate."""
+    fixed, params, batch = real_networks()
+    args = replace(fixed.args, ood_states=0, ood_quantile=0.0, ood_fraction=0.1)
+    obs, action, weight = offline.ood_actions(params, batch, jax.random.key(4), fixed.networks, args)
+    assert obs.shape == (48, OBS) and action.shape == (48, ACTION) and np.all(weight == 1)
+
+
+def test_no_constraint_is_no_penalty():
+    fixed, batch, actor, critics, targets = setting(marvel, cost_limit=math.inf)
+    value, gradient = jax.value_and_grad(cpq)(critics, actor, targets, batch, 5.0, jax.random.key(0), fixed)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_vpa_entropy_of_the_batch(variant):
+    """h as one number for all: the mean over the batch."""
+    fixed, batch, actor, critics, targets = setting(marvel)
+    key, weights = jax.random.key(5), (0.3, 0.2)
+    loss = lambda c, a, t, b, k: marvel.critic_loss(c, a, t, weights, b, k, fixed.networks, fixed.args, "batch_mean")[0]
+    value = variant(loss)(critics, actor, targets, batch, key)
+    y_r, y_c = soft_targets(batch, actor, targets, key, 0.0, 0.0)
+    h, alive = -next_action(actor, batch.next_obs, key)[1].mean(), GAMMA * (1 - np.float64(batch.terminated))
+    errors = [features(*numbers((batch.obs, batch.action))) @ numbers(critics)[k].T for k in ("reward", "cost")]
+    expected = np.mean((errors[0] - (y_r + 0.3 * alive * h)[:, None]) ** 2) + np.mean((errors[1][:, 0] - y_c - 0.2 * alive * h) ** 2)
+    assert float(value) == pytest.approx(expected, rel=1e-3)
+
+
+def test_release_gains_and_repeated_updates():
+    """No tanh, divided by the mean cost; twenty updates from one cost are twenty times the integral's step."""
+    args = marvel.Args(cost_limit=20.0, reserve=0.0, gain_rule="release", max_multiplier=math.inf, kp=0.02, ki=0.002, kd=0.01)
+    m = update_multiplier(init_multiplier(args), jnp.float32(50.0), args)
+    a, b, _ = args.gain_rates
+    np.testing.assert_allclose(m.gains, [0.02 * (1 + a * 0.6), 0.002 * (1 + b * 0.6), 0.01], rtol=1e-5)
+    args = replace(args, lagrangian="dual", multiplier_updates=20)
+    m = update_multiplier(init_multiplier(args), jnp.float32(50.0), args)
+    assert float(m.value) == pytest.approx(20 * 0.002 * 30, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["online", "target"])
+def test_the_actor_follows_the_chosen_critics(which):
+    """Online critics want the first action larger, the targets smaller."""
+    fixed, batch, actor, critics, _ = setting(marvel, actor_critics=which, entropy_weight=0.0)
+    axis = lambda way: jnp.zeros((1, 1 + OBS + ACTION)).at[0, 1 + OBS].set(way)
+    up, down = ({"reward": jnp.repeat(axis(way), 2, 0), "cost": 0 * axis(way)} for way in (1.0, -1.0))
+    optimizers = {"actor": optax.sgd(0.1), "critics": optax.sgd(0.0)}
+    learner = training.init_learner({"actor": actor, "critics": up, "prior": actor}, optimizers)._replace(targets=down)
+    after, _ = marvel.online_step(learner, 0.0, 0.0, batch, jax.random.key(0), fixed.networks, optimizers, fixed.args)
+    assert (after.params["actor"]["b"][0] > actor["b"][0]) == (which == "online")
+
+
+def test_networks_without_symlog_and_layer_norm():
+    obs, action = 100 * jnp.ones((5, 4)), jnp.ones((5, 2))
+    for flags in ({}, {"symlog": False}, {"layer_norm": False}, {"symlog": False, "layer_norm": False}):
+        critic = networks.Critic((8,), **flags)
+        params = critic.init(jax.random.key(0), obs, action)
+        dense, last = params["params"]["Dense_0"], params["params"]["Dense_1"]
+        x = np.concatenate([np.float64(obs if not flags.get("symlog", True) else symlog(obs)), action], -1)
+        x = x @ np.float64(dense["kernel"]) + dense["bias"]
+        if flags.get("layer_norm", True):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(
+            critic.apply(params, obs, action), np.maximum(x, 0) @ last["kernel"][:, 0] + last["bias"], rtol=1e-3, atol=1e-3
+        )
+    raw, squashed = (networks.Actor((8,), 4, 2, symlog=flag) for flag in (False, True))
+    params = raw.init(jax.random.key(0), obs)
+    np.testing.assert_allclose(raw.apply(params, symlog(obs))[0], squashed.apply(params, obs)[0], rtol=1e-5)

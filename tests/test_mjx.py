@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import envs
-from algos import marvel
 from envs import deviation, physics_mjx
 from envs.physics_mjx import MjxState
+from envs.rollout import collect, start_rollout
 
 POINT, CAR, ANT, CHEETAH = "SafetyPointRun", "SafetyCarRun", "SafetyAntRun", "SafetyHalfCheetahVelocity"
 ROBOTS = {type(envs.TASKS[name].robot).__name__: name for name in (POINT, CAR, ANT)}
@@ -61,12 +61,11 @@ def program(name, backend, platforms):
     """The texts, per platform, of the program in which Marvel resets and steps 2 environments for each of 2 seeds."""
     env = envs.make(name, backend)
 
-    def collect(key):
-        policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size))
-        actors = marvel.init_actors(key, env, 2)
-        return marvel.collect(actors, policy, key, env, 3)[1:]
+    def program(key):
+        policy = lambda obs, key, elapsed: jax.random.uniform(key, (*obs.shape[:-1], env.action_size))
+        return collect(start_rollout(key, env, 2), policy, key, env, 3)[1:]
 
-    traced = jax.jit(jax.vmap(collect)).trace(jax.random.split(jax.random.key(0), 2))
+    traced = jax.jit(jax.vmap(program)).trace(jax.random.split(jax.random.key(0), 2))
     return [traced.lower(lowering_platforms=(p,)).as_text() for p in platforms]
 
 

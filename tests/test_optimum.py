@@ -1,20 +1,46 @@
 """algos/: every file that learns a critic, on probe environments whose values, constrained optimum and multiplier are known."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from algos import bear_lag, cpq, jsrl, marvel, naive_o2o, pex, sac_lag, so2
+from algos import bear_lag, cpq, finetuning, jsrl, marvel, naive_o2o, pex, sac_lag, so2, training
+from algos.lagrangian import init_multiplier
+from algos.networks import Networks, sample_action
+from data.replay import Replay, empty_replay
+from envs.rollout import Batch, Episodes, collect, start_rollout
 from tests import probes
 
-STEP = {  # what takes a gradient step; sac_lag's learn_online names its own
+STEP = {  # what takes a gradient step
     marvel: marvel.online_step, naive_o2o: naive_o2o.online_step, jsrl: jsrl.online_step, pex: pex.pex_step, so2: so2.so2_step,
-    sac_lag: None, cpq: cpq.cpq_step, bear_lag: bear_lag.bear_step,
+    sac_lag: sac_lag.online_step, cpq: cpq.cpq_step, bear_lag: bear_lag.bear_step,
 }  # fmt: skip
+
+
+class Made(NamedTuple):
+    """An algorithm on a probe: its step, bound to networks, optimisers and arguments."""
+
+    args: Any
+    networks: Networks
+    optimizers: dict
+    step: Callable
+
+
+def bound(algo, networks, optimizers, args, horizon):
+    """The algorithm's step as a function of what changes."""
+    step = partial(STEP[algo], networks=networks, optimizers=optimizers, args=args)
+    if algo is cpq:
+        return partial(step, limits=cpq.thresholds(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
+    if algo is bear_lag:
+        return partial(step, q_thres=bear_lag.cost_threshold(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
+    return step
 
 
 def files(left_out, quick):
@@ -29,26 +55,27 @@ def made(algo, env, rates, critics=None, **wanted):
 
     The first parameters are NumPy's, as the files' own take longer to compile than all else here."""
     args = algo.Args(**{k: v for k, v in wanted.items() if k in algo.Args.__dataclass_fields__})
-    fixed = algo.build(args, env, {})
-    fixed = fixed._replace(networks=fixed.networks | (critics or {}))
-    shapes, rng = jax.eval_shape(partial(algo.init_params, fixed=fixed), jax.random.key(0)), np.random.default_rng(0)
+    networks = training.make_networks(args, env)._replace(**(critics or {}))
+    starts = {cpq: ("log_dual", "init_dual"), bear_lag: ("log_duals", "init_duals"), sac_lag: ("log_alpha", "init_temperature")}
+    shapes, rng = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size)), np.random.default_rng(0)
     weight = lambda path, x: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[-2]) if path[-1].key == "kernel" else np.zeros(x.shape))
     params = jax.tree_util.tree_map_with_path(weight, shapes)
-    starts = {"log_dual": "init_dual", "log_duals": "init_duals", "log_alpha": "init_temperature"}
-    params |= {name: np.log(np.float32(getattr(args, start))) for name, start in starts.items() if name in shapes}
+    if algo in starts:
+        name, start = starts[algo]
+        params[name] = np.log(np.float32(getattr(args, start)))
     params = jax.tree.map(jnp.asarray, params)
-    fixed = fixed._replace(optimizers=algo.build(args, env, {name: rates.get(name, 0.0) for name in shapes}).optimizers)
-    return fixed, algo.start_phase(params | {"prior": params["actor"]}, fixed)
+    optimizers = {name: optax.adam(rates.get(name, 0.0)) for name in params}
+    learner = training.init_learner(params | {"prior": params["actor"]}, optimizers)
+    return Made(args, networks, optimizers, bound(algo, networks, optimizers, args, env.horizon)), learner
 
 
-def uniform(obs, key):
+def uniform(obs, key, elapsed):
     return jax.random.uniform(key, (*obs.shape[:-1], 1), minval=-1.0)
 
 
 def random_data(env, steps, num_envs=16):
     """Transitions of a random policy, leaves (steps, num_envs, ...)."""
-    collect = lambda: marvel.collect(marvel.init_actors(jax.random.key(0), env, num_envs), uniform, jax.random.key(1), env, steps)
-    return jax.jit(collect)()[1]
+    return jax.jit(lambda: collect(start_rollout(jax.random.key(0), env, num_envs), uniform, jax.random.key(1), env, steps))()[1]
 
 
 def flat(batch):
@@ -84,19 +111,19 @@ def fitted(algo, data, steps=1000, **changes):
     fixed, learner = made(algo, probes.Probe(5, WIDTH), rates, **{**small, **plain, **counts, **changes})
 
     def learn(learner, new):
-        new, key = algo.Batch(*new), jax.random.key(3)
+        new, key = Batch(*new), jax.random.key(3)
         rows = flat(new)
         if algo in (cpq, bear_lag):
             batches = (rows, rows) if algo is cpq else (rows,)
-            return algo.learn_offline(learner, batches, key, STEP[algo], 64, steps, fixed)[0]
-        multiplier, ended = algo.init_multiplier(fixed.args), algo.Episodes(*jnp.zeros(4))
-        replay = algo.Replay(jax.tree.map(jnp.zeros_like, rows), jnp.int32(0))
+            return training.train_on_dataset(learner, batches, key, fixed.step, 64, steps)[0]
+        multiplier, ended = init_multiplier(fixed.args), Episodes(*jnp.zeros(4))
+        replay = Replay(jax.tree.map(jnp.zeros_like, rows), jnp.int32(0))
         if algo is sac_lag:
-            return algo.learn_online(learner, multiplier, replay, ended, new, ended, key, fixed)[0]
-        return algo.learn_online(learner, multiplier, replay, rows, new, ended, key, 1, STEP[algo], fixed)[0]
+            return algo.train_online(learner, multiplier, replay, ended, new, ended, key, fixed.step, fixed.args)[0]
+        return finetuning.train_online(learner, multiplier, replay, rows, new, ended, key, 1, fixed.step, fixed.args)[0]
 
     critics = jax.jit(jax.vmap(learn, (None, 0)))(learner, data).params["critics"]
-    apply = jax.jit(lambda c, *x: (fixed.networks["reward"].apply(c["reward"], *x), fixed.networks["cost"].apply(c["cost"], *x)[0]))
+    apply = jax.jit(lambda c, *x: (fixed.networks.reward.apply(c["reward"], *x), fixed.networks.qc(c, *x)))
 
     def values(probe, obs, action):
         obs, action = jnp.asarray(obs, jnp.float32), jnp.float32(action)[:, None]
@@ -206,31 +233,35 @@ def run_online(algo, iterations=500, seed=2, **changes):
     prior = jax.tree.map(jnp.zeros_like, learner.params["actor"])
     prior["params"]["Dense_2"]["bias"] = jnp.array([0.0 if algo is jsrl else -2.0, -1.0])
     learner = learner._replace(params=learner.params | {"prior": prior})
-    zeros = lambda *shape: jnp.zeros((iterations * 64, *shape))
-    replay = algo.Replay(algo.Batch(zeros(1), zeros(1), zeros(), zeros(), zeros(1), zeros()), jnp.int32(0))
-    extra = jsrl.Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan)) if algo is jsrl else algo.Episodes(*jnp.zeros(4))
-    policy = lambda actor, obs, key: algo.sample_action(key, *fixed.networks["actor"].apply(actor, obs))[0]
+    replay = empty_replay(iterations * 64, 1, 1)
+    extra = jsrl.Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan)) if algo is jsrl else Episodes(*jnp.zeros(4))
+    policy = lambda actor: lambda obs, key: sample_action(key, *fixed.networks.actor.apply(actor, obs))[0]
 
     def block(carry, step):
-        (learner, multiplier, replay, actors, extra), (n, key) = carry, step
+        (learner, multiplier, replay, rollout, extra), (n, key) = carry, step
         key_collect, key_learn = jax.random.split(key)
-        params, own = learner.params, partial(policy, learner.params["actor"])
+        params, own = learner.params, policy(learner.params["actor"])
         if algo is jsrl:
-            actors, new, ended = jsrl.collect_jump_start(actors, partial(policy, params["prior"]), own, extra.share, key_collect, env, 1)
-            extra = jsrl.advance(extra, ended.means(), n, args)
+            act = jsrl.jump_start(policy(params["prior"]), own, extra.share, env.horizon)
+        elif algo is pex:
+            choose = partial(pex.expanded_policy, networks=fixed.networks, temperature=args.temperature)
+            act = lambda obs, key, elapsed: choose(params, params["critics"], multiplier.value, obs, key)[0]
         else:
-            choose = lambda obs, key: pex.expanded_policy(params, params["critics"], multiplier.value, obs, key, fixed)[0]
-            actors, new, ended = algo.collect(actors, choose if algo is pex else own, key_collect, env, 1)
+            act = lambda obs, key, elapsed: own(obs, key)
+        rollout, new, ended = collect(rollout, act, key_collect, env, 1)
+        extra = jsrl.advance(extra, ended.means(), n, args) if algo is jsrl else extra
         if algo is sac_lag:
-            learner, multiplier, replay, extra, _ = algo.learn_online(learner, multiplier, replay, extra, new, ended, key_learn, fixed)
-        else:
-            learner, multiplier, replay, _ = algo.learn_online(
-                learner, multiplier, replay, replay.data, new, ended, key_learn, n, STEP[algo], fixed
+            learner, multiplier, replay, extra, _ = algo.train_online(
+                learner, multiplier, replay, extra, new, ended, key_learn, fixed.step, args
             )
-        means = jnp.tanh(fixed.networks["actor"].apply(learner.params["actor"], X[:, None])[0][:, 0])
-        return (learner, multiplier, replay, actors, extra), (means, ended.means()["cost"], multiplier.value)
+        else:
+            learner, multiplier, replay, _ = finetuning.train_online(
+                learner, multiplier, replay, replay.data, new, ended, key_learn, n, fixed.step, args
+            )
+        means = jnp.tanh(fixed.networks.actor.apply(learner.params["actor"], X[:, None])[0][:, 0])
+        return (learner, multiplier, replay, rollout, extra), (means, ended.means()["cost"], multiplier.value)
 
-    carry = (learner, algo.init_multiplier(args), replay, algo.init_actors(jax.random.key(1), env, 64), extra)
+    carry = (learner, init_multiplier(args), replay, start_rollout(jax.random.key(1), env, 64), extra)
     steps = (jnp.arange(1, iterations + 1), jax.random.split(jax.random.key(seed), iterations))
     return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(block, carry, steps)[1])(carry))
 
@@ -253,18 +284,20 @@ def run_offline(algo, steps, name, values, **changes):
     rows = flat(random_data(env, 128))
     fixed, learner = made(algo, env, RATES, EXACT, **{**COMMON, **changes})
     safe = jax.tree.map(lambda x: x[np.asarray(rows.cost) <= LIMIT], rows)
-    batches = tuple(algo.Batch(*x) for x in ((rows, safe) if algo is cpq else (rows,)))
+    batches = (rows, safe) if algo is cpq else (rows,)
 
     def learn(learner, value):
-        chosen = fixed._replace(args=replace(fixed.args, **{name: value}))
+        args = replace(fixed.args, **{name: value})
+        step = bound(algo, fixed.networks, fixed.optimizers, args, env.horizon)
 
         def tenth(learner, key):
-            learner, info = algo.learn_offline(learner, batches, key, STEP[algo], 64, steps // 10, chosen)
-            mean, log_std = fixed.networks["actor"].apply(learner.params["actor"], jnp.asarray(X)[:, None])
-            action = algo.sample_action(key, *(jnp.broadcast_to(v, (500, 2, 1)) for v in (mean, log_std)))[0][..., 0]
+            learner, info = training.train_on_dataset(learner, batches, key, step, 64, steps // 10)
+            mean, log_std = fixed.networks.actor.apply(learner.params["actor"], jnp.asarray(X)[:, None])
+            action = sample_action(key, *(jnp.broadcast_to(v, (500, 2, 1)) for v in (mean, log_std)))[0][..., 0]
             found = {"mean": jnp.tanh(mean[:, 0]), "return": jnp.mean(X * action), "cost": jnp.mean(action**2)}
             if algo is bear_lag:
-                found["mmd"] = bear_lag.bear_actor_loss(learner.params["actor"], learner.params, batches[0], key, chosen)[1]["mmd"]
+                loss = partial(bear_lag.bear_actor_loss, networks=fixed.networks, args=args)
+                found["mmd"] = loss(learner.params["actor"], learner.params, batches[0], key)[1]["mmd"]
             return learner, info | found
 
         return jax.lax.scan(tenth, learner, jax.random.split(jax.random.key(1), 10))[1]

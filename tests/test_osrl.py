@@ -1,7 +1,7 @@
 """algos/: OSRL 0.1.0's own numbers (PyTorch; tests/goldens/record_osrl.py made the file) on the same weights, batch and noise.
 
-Where OSRL is right, values and gradients of the losses are equal. Where it is not, a test shows the difference that matters. CPQ is
-tested in cpq.py; what marvel.py and the other files copied is the same text (tests/test_siblings.py).
+Where OSRL is right, values and gradients of the losses are equal. Where it is not, a test shows the difference that matters. The functions are those
+of every file that uses them.
 """
 
 import json
@@ -14,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from algos import bear_lag, cpq, marvel
+from algos import bear_lag, cpq, lagrangian, marvel, networks, training
+from algos.networks import Networks
+from envs.rollout import Batch
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +70,15 @@ def vae(params, obs, *rest, method=None):
 
 
 def setting(algo, osrl, **changes):
-    """(fixed, batch, params, targets) on OSRL's networks and weights; alpha is 0."""
+    """(what losses need besides, batch, params, targets) on OSRL's networks and weights; alpha is 0."""
     meta = osrl["meta"]
     same = {name: meta[name] for name in ("gamma", "tau", "cost_limit", "reward_scale")}
     args = algo.Args(**same, vae_beta=meta["beta"], **changes)
-    applied = {"actor": actor, "reward": critics, "cost": critics, "vae": vae}
-    networks = {name: SimpleNamespace(apply=apply) for name, apply in applied.items()}
-    env = SimpleNamespace(obs_size=5, action_size=2, horizon=meta["episode_len"])
-    fixed = algo.Fixed(args, env, networks, {name: optax.adam(meta["lr"]) for name in ("actor", "critics", "vae", "log_dual")})
+    nets = Networks(*(SimpleNamespace(apply=apply) for apply in (actor, critics, critics, vae)))
+    fixed = SimpleNamespace(args=args, networks=nets, limits=cpq.thresholds(args.cost_limit, args.gamma, meta["episode_len"]))
+    fixed.max_qc, fixed.lr = 1.0 / (1.0 - args.gamma), meta["lr"]
     b = osrl["batch"]
-    batch = algo.Batch(b["obs"], b["action"], b["reward"], b["cost"], b["next_obs"], b["done"])
+    batch = Batch(b["obs"], b["action"], b["reward"], b["cost"], b["next_obs"], b["done"])
     trained, targets = ({"reward": osrl["critic" + old], "cost": osrl["cost_critic" + old]} for old in ("", "_old"))
     params = {"actor": osrl["actor"], "critics": trained, "vae": osrl["vae"], "log_dual": np.float32(-1e9)}
     return fixed, *jax.tree.map(jnp.asarray, (batch, params, targets))
@@ -123,7 +124,7 @@ def test_sample_action(where, osrl, draw):
     obs = osrl["batch"]["obs"] * (40 if where == "far" else 1)
     draw(osrl["noise"]["actor"])
     mean, log_std = actor(osrl["actor"], jnp.asarray(obs))
-    action, log_prob = cpq.sample_action(KEY, mean, log_std)
+    action, log_prob = networks.sample_action(KEY, mean, log_std)
     np.testing.assert_allclose(action, osrl[where]["action"], atol=2e-5)
     np.testing.assert_allclose(log_prob, osrl[where]["log_prob"], rtol=1e-4, atol=1e-4)
     assert where == "policy" or np.abs(mean).max() > 10
@@ -131,14 +132,14 @@ def test_sample_action(where, osrl, draw):
 
 def test_log_probability(osrl):
     known = {name: x[0] for name, x in osrl["likelihood"].items()}
-    found = cpq.log_probability(osrl["batch"]["action"], known["mean"], known["log_std"])
+    found = networks.log_probability(osrl["batch"]["action"], known["mean"], known["log_std"])
     np.testing.assert_allclose(found, known["log_prob"], rtol=1e-4, atol=1e-4)
 
 
 def test_thresholds(osrl):
     for limit, gamma, horizon, q_thres, qc_thres in osrl["thresholds"]:
-        args = cpq.Args(cost_limit=float(limit), gamma=round(float(gamma), 4))
-        np.testing.assert_allclose(cpq.thresholds(args, int(horizon)), [q_thres, qc_thres], rtol=1e-6)
+        found = cpq.thresholds(float(limit), round(float(gamma), 4), int(horizon))
+        np.testing.assert_allclose(found, [q_thres, qc_thres], rtol=1e-6)
 
 
 # ---------------------------------------------------------------- CPQ
@@ -148,7 +149,9 @@ def test_vae_loss(osrl, draw):
     """Reconstruction + beta KL, by value and by the gradient of every weight of encoder and decoder."""
     fixed, batch, params, _ = cpq_setting(osrl)
     draw(osrl["noise"]["vae"])
-    loss, gradient = jax.jit(jax.value_and_grad(lambda v: cpq.vae_loss(v, batch, KEY, fixed)[0]))(params["vae"])
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda v: networks.vae_loss(v, batch.obs, batch.action, KEY, fixed.networks.vae, fixed.args.vae_beta))
+    )(params["vae"])
     assert float(loss) == pytest.approx(float(osrl["vae_loss"]), rel=1e-5)
     close(gradient, osrl["vae_gradient"])
 
@@ -158,7 +161,7 @@ def run_critics(setting, ood=None, log_dual=-1e9):
     fixed, batch, params, targets = setting
     params = params | {"log_dual": log_dual}
     ood = (batch.obs[:1], batch.action[:1], jnp.zeros(1)) if ood is None else ood
-    loss = lambda c: cpq.cpq_critic_loss(c, params, targets, batch, ood, KEY, fixed)
+    loss = lambda c: cpq.cpq_critic_loss(c, params, targets, batch, ood, KEY, fixed.networks, fixed.args, fixed.limits, fixed.max_qc)
     gradient, info = jax.jit(jax.grad(loss, has_aux=True))(params["critics"])
     return info, gradient
 
@@ -207,7 +210,7 @@ def far_actions(setting, osrl, monkeypatch):
     fixed, batch, params, _ = setting
     with monkeypatch.context() as patch:
         patch.setattr(cpq, "sample_action", lambda *_: (jnp.asarray(rows_of(osrl["ood"]["action"])), None))
-        return jax.jit(lambda: cpq.ood_actions(params, batch, KEY, fixed))()
+        return jax.jit(lambda: cpq.ood_actions(params, batch, KEY, fixed.networks, fixed.args))()
 
 
 def test_farthest_quarter(osrl, monkeypatch):
@@ -220,7 +223,7 @@ def test_farthest_quarter(osrl, monkeypatch):
     found = np.concatenate([obs, action], -1)
     assert found.shape == (80, 7) and 0 < weight.sum() <= 80
     np.testing.assert_array_equal(sorted(map(tuple, found)), sorted(map(tuple, expected)))
-    kl = jax.jit(lambda: cpq.gaussian_kl(*vae(params["vae"], obs, action, method="encode")))()
+    kl = jax.jit(lambda: networks.latent_kl(*vae(params["vae"], obs, action, method="encode")))()
     np.testing.assert_allclose(np.sort(kl), np.sort(rows_of(osrl["ood"]["kl"])[far]), rtol=1e-4)
 
 
@@ -244,7 +247,7 @@ def test_ood_value_is_the_far_actions_own(osrl, draw, monkeypatch):
     its actions are those before tanh, some beyond 1.5. Here it is the far actions' mean. Given one value, alpha moves alike."""
     values, far = osrl["ood"]["qc"], osrl["ood"]["far"] == 1
     fixed, batch, params, targets = ours = cpq_setting(osrl)
-    qc_thres = cpq.thresholds(fixed.args, 50)[1]
+    qc_thres = fixed.limits[1]
     step = float(osrl["ood"]["log_alpha"]) / osrl["meta"]["alpha_lr"]  # from log alpha = 0
     assert qc_thres - step == pytest.approx(values[far].mean() / 4, rel=1e-4)
     assert float(-jax.grad(cpq.dual_loss)(0.0, values[far].mean() / 4, qc_thres)) == pytest.approx(step, rel=1e-4)
@@ -260,9 +263,9 @@ def test_actor_loss(osrl, draw):
     """-1[Qc <= q_thres] min Q; here also divided by the mean of |min Q|, which Adam does not see."""
     fixed, batch, params, _ = cpq_setting(osrl)
     draw(*[osrl["noise"]["actor"]] * 2)
-    loss = lambda a: cpq.cpq_actor_loss(a, params["critics"], batch, batch, KEY, fixed)[0]
+    loss = lambda a: cpq.cpq_actor_loss(a, params["critics"], batch, batch, KEY, fixed.networks, fixed.args, fixed.limits[0])[0]
     value, gradient = jax.jit(jax.value_and_grad(loss))(params["actor"])
-    action = cpq.sample_action(KEY, *actor(params["actor"], batch.obs))[0]
+    action = networks.sample_action(KEY, *actor(params["actor"], batch.obs))[0]
     scale = float(jnp.abs(critics(params["critics"]["reward"], batch.obs, action).min(0)).mean()) + 1e-3
     assert scale * float(value) == pytest.approx(float(osrl["actor_loss"]), rel=1e-4)
     close(gradient, osrl["actor_gradient"], scale)
@@ -274,26 +277,27 @@ def test_four_training_steps(osrl, draw):
     fixed, batch, params, targets = cpq_setting(osrl)
     going = jax.tree.map(lambda x: x[batch.terminated == 0], batch)
     rows, known = going.reward.shape[0], osrl["steps"]
+    optimizers = {name: optax.adam(fixed.lr) for name in ("actor", "critics", "vae", "log_dual")}
 
     @jax.jit
     def step(learner, noise):
         draw(noise["vae"], jnp.zeros((10 * rows, 2)), noise["next"], noise["actor"])
-        return cpq.cpq_step(learner, (going, going), KEY, fixed)[0]
+        return cpq.cpq_step(learner, (going, going), KEY, fixed.networks, optimizers, fixed.args, fixed.limits, fixed.max_qc)[0]
 
-    learner = start = cpq.start_phase(params, fixed)._replace(targets=targets)
+    learner = start = training.init_learner(params, optimizers)._replace(targets=targets)
     for i in range(4):
         learner = step(learner, {name: x[i] for name, x in known["noise"].items()})
         learner.params["log_dual"] = params["log_dual"]
 
-    def networks(learner):
+    def by_name(learner):
         new, old = learner.params["critics"], learner.targets
         critics = {"critic": new["reward"], "cost_critic": new["cost"], "critic_old": old["reward"], "cost_critic_old": old["cost"]}
         return critics | {"actor": learner.params["actor"], "vae": learner.params["vae"]}
 
-    for network, before in networks(start).items():
+    for network, before in by_name(start).items():
         for name, theirs in known[network].items():
             way = np.linalg.norm(theirs - before[name])
-            off = np.linalg.norm(theirs - networks(learner)[network][name])
+            off = np.linalg.norm(theirs - by_name(learner)[network][name])
             assert off < (0.03 if network == "actor" else 0.001) * way, (network, name, off / way)
 
 
@@ -309,8 +313,8 @@ def test_pid_terms(osrl):
         kp, ki, kd = (k * x for k, x in zip(osrl["meta"]["pid"], on))
         plain = dict(lagrangian="pid", cost_limit=limit, reserve=0.0, pid_decay=0.0, pid_delay=1, max_multiplier=1e6)
         args = marvel.Args(**plain, kp=kp, ki=ki, kd=kd)
-        update = lambda m, cost: (marvel.update_multiplier(m, cost, args),) * 2
-        return np.asarray(jax.jit(lambda: jax.lax.scan(update, marvel.init_multiplier(args), jnp.asarray(costs))[1].value)())
+        update = lambda m, cost: (lagrangian.update_multiplier(m, cost, args),) * 2
+        return np.asarray(jax.jit(lambda: jax.lax.scan(update, lagrangian.init_multiplier(args), jnp.asarray(costs))[1].value)())
 
     for name, on in {"p": (1, 0, 0), "i": (0, 1, 0), "d": (0, 0, 1)}.items():
         np.testing.assert_allclose(run(*on), known[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -337,7 +341,7 @@ def bear_setting(osrl, **changes):
 
 
 def run_bear(fixed, batch, params, targets):
-    loss = lambda c: bear_lag.bear_critic_loss(c, params, targets, batch, KEY, fixed)
+    loss = lambda c: bear_lag.bear_critic_loss(c, params, targets, batch, KEY, fixed.networks, fixed.args, fixed.max_qc)
     gradient, info = jax.jit(jax.grad(loss, has_aux=True))(params["critics"])
     return info, gradient
 
@@ -370,5 +374,5 @@ def test_bear_actor_gradient(osrl, draw):
     """-min Q + lambda Qc of the first of ten actions. beta is 0: OSRL's MMD is between actions before tanh (deviation 2)."""
     fixed, batch, params, _ = bear_setting(osrl)
     draw(by_sample(osrl["bear"]["noise"]), np.zeros((10, 32, 4), np.float32))
-    gradient = jax.jit(jax.grad(lambda a: bear_lag.bear_actor_loss(a, params, batch, KEY, fixed)[0]))(params["actor"])
+    gradient = jax.jit(jax.grad(lambda a: bear_lag.bear_actor_loss(a, params, batch, KEY, fixed.networks, fixed.args)[0]))(params["actor"])
     close(gradient, osrl["bear"]["actor_gradient"])

@@ -229,8 +229,7 @@ def test_measures_of_a_run_worked_out_by_hand():
 
 def test_regret_does_not_depend_on_how_training_episodes_are_grouped_below_the_block():
     fine = [
-        row(0, "online", "train", i, 500 * i, episodes=1.0, length=500.0, cost=c)
-        for i, c in enumerate([0.0, 100.0, 0.0, 0.0, 0.0] * 2, 1)
+        row(0, "online", "train", i, 500 * i, episodes=1.0, length=500.0, cost=c) for i, c in enumerate([0.0, 100.0, 0.0, 0.0, 0.0] * 2, 1)
     ]
     coarse = [row(0, "online", "train", i, 2500 * i, episodes=5.0, length=500.0, cost=20.0) for i in (1, 2)]
     a, b = (measures.per_seed(csvs.Run(Path("x"), "marvel", rows, {})) for rows in (fine, coarse))
@@ -254,9 +253,7 @@ def test_aggregates_worked_out_by_hand():
     assert middle == 1.5 and low <= 1.5 <= high
     p, low, high = measures.improvement([(np.array([1.0, 3.0]), np.array([2.0, 3.0])), (np.array([5.0]), np.array([1.0]))])
     assert p == pytest.approx(((0 + 0 + 1 + 0.5) / 4 + 1) / 2) and low <= p <= high
-    x, y = measures.as_numbers(
-        measures.constrained_order([900, 100], [30, 5], 20), measures.constrained_order([50, 999], [20, 25], 20)
-    )
+    x, y = measures.as_numbers(measures.constrained_order([900, 100], [30, 5], 20), measures.constrained_order([50, 999], [20, 25], 20))
     assert list(np.argsort(np.concatenate([x, y]))) == [0, 3, 2, 1]  # cost 30, cost 25, safe 50, safe 100
 
 
@@ -394,9 +391,7 @@ def refused(main, message, capsys):
 
 def test_report_says_what_the_numbers_say(tmp_path):
     diverged = make_run("jsrl", seeds=2)
-    rows = [r for r in diverged.rows if r["phase"] == "offline"] + [
-        row(s, "online", "diverged", 777, 5000, algo="jsrl") for s in (0, 1)
-    ]
+    rows = [r for r in diverged.rows if r["phase"] == "offline"] + [row(s, "online", "diverged", 777, 5000, algo="jsrl") for s in (0, 1)]
     for run in (
         make_run("marvel"), make_run("marvel+fqe", final=400.0), make_run("marvel+pid", final=900.0), make_run("marvel+pid10"),
         make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
@@ -429,10 +424,7 @@ def test_report_reads_whatever_is_present(tmp_path):
     csvs.write(csvs.Run(offline.path, "cpq", [r for r in offline.rows if r["phase"] == "offline"], {}), tmp_path)
     (tmp_path / ENV / "cpq.json").unlink()
     text = report.report(tmp_path)
-    assert (
-        "| CPQ (offline) | 1 | 500 | 30 | 500 | 30 | - | - | - | - | - | - |" in text
-        and "unknown: no JSON beside cpq.csv" in text
-    )
+    assert "| CPQ (offline) | 1 | 500 | 30 | 500 | 30 | - | - | - | - | - | - |" in text and "unknown: no JSON beside cpq.csv" in text
     with pytest.raises(csvs.BadInput, match="no ENV/ALGO.csv"):
         report.report(tmp_path / "empty")
 
@@ -515,9 +507,7 @@ def journal(place, what="end"):
 def start_sweep(arguments):
     command = [sys.executable, ROOT / "results" / "sweep.py", *arguments]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which tests run in the background of a shell inherit as ignored
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
 
 
 def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys):
@@ -533,9 +523,7 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys)
     assert [entry[2:4] for entry in journal(tmp_path)[8:]] == [("2", "1"), ("3", "1")]
     assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel"]) == 0
     assert "0 job(s) to run, 1 done" in capsys.readouterr().out
-    assert (
-        sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--limits", "20.0", "40"]) == 0
-    )  # 20.0 is the 20 that is done
+    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--limits", "20.0", "40"]) == 0  # 20.0 is the 20 that is done
     assert len(journal(tmp_path)) == 11
 
 

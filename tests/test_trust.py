@@ -394,7 +394,16 @@ def test_the_release_preset_is_what_the_docstrings_say():
     }  # fmt: skip
     assert {name: getattr(args, name) for name in written} == written
     text = marvel.__doc__ + cpq.__doc__
-    for name in written.keys() - {"offline_batch_size", "lagrangian", "vpa_alpha_reward", "vpa_alpha_cost", "actor_lr", "critic_lr", "entropy_weight", "batch_size"}:
+    for name in written.keys() - {
+        "offline_batch_size",
+        "lagrangian",
+        "vpa_alpha_reward",
+        "vpa_alpha_cost",
+        "actor_lr",
+        "critic_lr",
+        "entropy_weight",
+        "batch_size",
+    }:
         flag = name.replace("_", "-")
         assert f"--{flag}" in text or f"--no-{flag}" in text, name
     assert logbook.parse(marvel.Args, [*words, "--reserve", "0.2"], marvel.PRESETS).reserve == 0.2

@@ -32,11 +32,12 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Literal, get_args
+from typing import Literal, get_args
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -44,13 +45,18 @@ sys.path.insert(0, str(ROOT))  # the repository is not installed
 # A script's own folder comes first on the path, where the neighbouring envs.py would be taken for the package `envs`.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.extend import core  # noqa: E402
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core
 
-import envs  # noqa: E402
-from algos import logbook, marvel  # noqa: E402
-from algos.seeds import over_seeds  # noqa: E402
+import envs
+from algos import cpq as offline
+from algos import finetuning, logbook, marvel, training
+from algos.lagrangian import init_multiplier
+from algos.seeds import vmap_seeds
+from data.replay import Replay
+from envs.rollout import Batch, Episodes
 
 Part = Literal["cpq", "online", "envs", "startup", "floor", "whole"]
 CPQ = {"obs": 33, "act": 8, "horizon": 500, "rows": 100_000, "batch": 512, "hidden": (256, 256), "vae": 400, "ood_actions": 10}
@@ -321,13 +327,13 @@ def step_row(what: str, name: str, peer: str, found: dict, flops: float, rate: f
 # ---------------------------------------------------------------- gradient steps
 
 
-def random_batch(sizes: dict, key) -> marvel.Batch:
+def random_batch(sizes: dict, key) -> Batch:
     """`rows` transitions of noise."""
     keys, n = jax.random.split(key, 5), sizes["rows"]
     obs, next_obs = (jax.random.normal(k, (n, sizes["obs"])) for k in keys[:2])
     action = jnp.tanh(jax.random.normal(keys[2], (n, sizes["act"])))
     cost = jax.random.bernoulli(keys[4], shape=(n,)).astype(jnp.float32)
-    return marvel.Batch(obs, action, jax.random.normal(keys[3], (n,)), cost, next_obs, jnp.zeros(n))
+    return Batch(obs, action, jax.random.normal(keys[3], (n,)), cost, next_obs, jnp.zeros(n))
 
 
 def bare_env(sizes: dict) -> SimpleNamespace:
@@ -339,40 +345,53 @@ def root_keys(seeds: int):
     return jax.vmap(jax.random.key)(jnp.arange(seeds))
 
 
+@partial(vmap_seeds, in_axes=(0, None))
+def fold_in(root, n):
+    return jax.random.fold_in(root, n)
+
+
 def cpq_program(sizes: dict, ood_states: int, steps: int):
-    """(program(learner, n), learner): `steps` steps of phase 1 of one seed, as algos/marvel.py runs them."""
+    """(program(learner, n), learner): `steps` steps of phase 1 of one seed, as algos/cpq.py runs them."""
     options = {"hidden": sizes["hidden"], "vae_hidden": (sizes["vae"],) * 2, "ood_actions": sizes["ood_actions"], "ood_states": ood_states}
-    args = marvel.Args(reward_scale=0.1, offline_batch_size=sizes["batch"], offline_critic_lr=1e-3, offline_actor_lr=1e-4, **options)
-    fixed = marvel.build(args, bare_env(sizes), {"actor": 1e-4, "critics": 1e-3, "vae": 1e-3, "log_dual": 1e-4})
-    learn = partial(marvel.learn_offline, step=marvel.cpq_step, batch_size=sizes["batch"], steps=steps, fixed=fixed)
-    learn = over_seeds(learn, (0, None, 0), donate_argnums=0)
+    args = offline.Args(reward_scale=0.1, offline_batch_size=sizes["batch"], offline_critic_lr=1e-3, offline_actor_lr=1e-4, **options)
+    args = replace(args, offline_actor_schedule="constant")
+    networks, optimizers = training.make_networks(args, bare_env(sizes)), offline.make_optimizers(args)
+    limits, max_qc = offline.thresholds(args.cost_limit, args.gamma, sizes["horizon"]), 1.0 / (1.0 - args.gamma)
+    step = partial(offline.cpq_step, networks=networks, optimizers=optimizers, args=args, limits=limits, max_qc=max_qc)
+    train = partial(training.train_on_dataset, step=step, batch_size=sizes["batch"], steps=steps)
+    train = vmap_seeds(train, (0, None, 0), donate_argnums=0)
     data, roots = random_batch(sizes, jax.random.key(0)), root_keys(1)
-    learner = over_seeds(lambda key: marvel.start_phase(marvel.init_params(key, fixed), fixed))(roots)
-    return lambda learner, n: learn(learner, (data, data), marvel.fold(roots, 0, n))[0], learner
+
+    def start(key):
+        params = training.init_params(key, networks, sizes["obs"])
+        return training.init_learner(params | {"log_dual": jnp.log(jnp.float32(args.init_dual))}, optimizers)
+
+    return lambda learner, n: train(learner, (data, data), fold_in(roots, n))[0], vmap_seeds(start)(roots)
 
 
 def online_program(sizes: dict, seeds: int, steps: int):
     """(program((learner, multiplier, replay), n), its start): `steps` steps of phase 3 from a full replay of each seed."""
     args = marvel.Args(reward_scale=0.1, hidden=sizes["hidden"], batch_size=sizes["batch"], updates_per_iter=steps)
-    fixed = marvel.build(args, bare_env(sizes), {"actor": 3e-5, "critics": 5e-4})
+    networks, optimizers = training.make_networks(args, bare_env(sizes)), {"actor": optax.adam(3e-5), "critics": optax.adam(5e-4)}
     roots, rows = root_keys(seeds), sizes["rows"]
     # One transition a repeat is inserted, so that inserting does not count.
     new = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, None], (seeds, 1, 1, *x.shape[1:])), random_batch(sizes | {"rows": 1}, roots[0]))
-    ended = marvel.Episodes(*(jnp.ones(seeds) for _ in marvel.Episodes._fields))
-    learn = partial(marvel.learn_online, step=marvel.online_step, fixed=fixed)
-    learn = over_seeds(learn, (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
+    ended = Episodes(*(jnp.ones(seeds) for _ in Episodes._fields))
+    step = partial(marvel.online_step, networks=networks, optimizers=optimizers, args=args)
+    train = partial(finetuning.train_online, step=step, args=args)
+    train = vmap_seeds(train, (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
 
     def start(key):
-        params = marvel.init_params(key, fixed)
+        params = training.init_params(key, networks, sizes["obs"])
         params = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"]}
-        return marvel.start_phase(params, fixed), marvel.init_multiplier(args), marvel.Replay(random_batch(sizes, key), jnp.int32(rows))
+        return training.init_learner(params, optimizers), init_multiplier(args), Replay(random_batch(sizes, key), jnp.int32(rows))
 
     def program(carry, n):
         learner, multiplier, replay = carry
         n = jnp.int32(args.actor_warmup + 1 + n)  # the actor moves
-        return learn(learner, multiplier, replay, None, new, ended, marvel.fold(roots, 0, n), n)[:3]
+        return train(learner, multiplier, replay, None, new, ended, fold_in(roots, n), n)[:3]
 
-    return program, over_seeds(start)(roots)
+    return program, vmap_seeds(start)(roots)
 
 
 def flops_per_step(program, start, steps: int) -> float:
@@ -380,14 +399,14 @@ def flops_per_step(program, start, steps: int) -> float:
 
 
 def cpq(args: Args, floor: Floor) -> list[Row]:
-    programs = {name: cpq_program(CPQ, states, args.steps) for name, states in (("all", CPQ["batch"]), ("64", marvel.Args.ood_states))}
+    programs = {name: cpq_program(CPQ, states, args.steps) for name, states in (("all", CPQ["batch"]), ("64", offline.Args.ood_states))}
     flops = {name: flops_per_step(*program, args.steps) for name, program in programs.items()}
     measures = {name: repeated(*program, args.steps) for name, program in programs.items()}
     found = beside([("OSRL", "TORCH", args.torch, "osrl", CPQ | {"steps": args.steps})], measures | floor.measures(), args)
     rate, row = floor.rate(found), "CPQ gradient step, batch 512"
     return [
         step_row(f"{row}, OOD penalty on all 512 states", "all", "OSRL", found, flops["all"], rate, "equal work"),
-        step_row(f"{row}, OOD penalty on {marvel.Args.ood_states} states", "64", "OSRL", found, flops["64"], rate, "the default here"),
+        step_row(f"{row}, OOD penalty on {offline.Args.ood_states} states", "64", "OSRL", found, flops["64"], rate, "the default here"),
     ]
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository i
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import envs
-from algos import marvel
+from algos import cpq, marvel, training
 
 
 @dataclass
@@ -57,12 +57,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
     fields = (env.obs_size, env.action_size, 1, 1, env.obs_size, 1)
     transition = 4 * sum(fields)
 
-    def learner(key, names):
-        fixed = marvel.build(defaults, env, dict.fromkeys(names, 1e-3))
-        return marvel.start_phase(marvel.init_params(key, fixed), fixed)
+    def learner(key):
+        networks, optimizers = training.make_networks(defaults, env), cpq.make_optimizers(defaults)
+        params = training.init_params(key, networks, env.obs_size + env.privileged_size)
+        return training.init_learner(params | {"log_dual": jnp.float32(0)}, optimizers)
 
     # Phase 1 has the most: every network, and an optimiser for each.
-    learners = size(jax.eval_shape(lambda key: learner(key, ("actor", "critics", "vae", "log_dual")), jax.random.key(0)))
+    learners = size(jax.eval_shape(learner, jax.random.key(0)))
     environments, working = size(state), 0
     if args.working:
         many = jax.ShapeDtypeStruct((args.seeds, len(keys), env.action_size), jnp.float32)
