@@ -29,6 +29,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 import zlib
@@ -77,9 +78,14 @@ class AllDiverged(RuntimeError):
 
 def documented(cls) -> dict[str, str]:
     """{field: the docstring below it} of the fields that a dataclass itself declares."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    pairs = zip(body, body[1:], strict=False)
-    return {field.target.id: ast.literal_eval(text.value) for field, text in pairs if isinstance(field, ast.AnnAssign)}
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    pairs = zip(definition.body, definition.body[1:], strict=False)
+    return {
+        field.target.id: ast.literal_eval(text.value)
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
 
 
 def grouped(args_class, defaults):
@@ -128,8 +134,8 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
         if not stop.code:  # --help
             raise
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
-        said = " ".join(line for line in lines[1:] if line)
-        raise BadInput(said.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
+        line = " ".join(line for line in lines[1:] if line)
+        raise BadInput(line.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
 
 
 def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
@@ -200,7 +206,7 @@ def flatten(tree) -> dict[str, np.ndarray]:
 
 def checksum(arrays: dict[str, np.ndarray]) -> int:
     """CRC-32 of all arrays in the order of their names."""
-    return functools.reduce(lambda crc, name: zlib.crc32(arrays[name].reshape(-1).view(np.uint8), crc), sorted(arrays), 0)
+    return functools.reduce(lambda crc, name: zlib.crc32(arrays[name].tobytes(), crc), sorted(arrays), 0)
 
 
 def write_atomically(path: Path, write) -> None:
@@ -309,8 +315,10 @@ class Logbook:
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip
         self.rows: list[dict] = []
-        self._bar, self._latest, self._seconds, self._diverged = None, {}, 0.0, set()
-        self._resumed = None  # (arrays, meta) of the state to go on from, until the phase that it is of
+        self._bar: typing.Any = None  # of tqdm
+        self._latest: dict[str, float] = {}
+        self._seconds, self._diverged = 0.0, set[int]()
+        self._resumed: tuple[dict, dict] | None = None  # (arrays, meta) of the state to go on from, until the phase that it is of
         unfinished = self._unfinished(runs) if wants_resume else None
         if unfinished:
             self.folder = unfinished

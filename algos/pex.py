@@ -147,6 +147,7 @@ def online_phase(run: Run, params: dict) -> dict:
 
 def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's expanded policy, which needs its critics and multiplier."""
+    assert args.eval is not None
     arrays, meta = training.load_policy(args.eval)
     env = envs.make(meta["env"], args.backend)
     names = [name for name in arrays if name.startswith("critics/cost/") and name.endswith("Dense_0/kernel")]

@@ -78,7 +78,7 @@ _FLAGS = ("terminals", "timeouts")
 _KINDS = {key: "f" if key in MATRICES else "fiub" for key in Dataset._fields}
 
 
-def _error(path: Path, wrong: str, mend: str) -> DatasetError:
+def _error(path: str | os.PathLike, wrong: str, mend: str) -> DatasetError:
     # File content (h5py messages, attributes, names) can hold line breaks; the promise is one line.
     return DatasetError(" ".join(f"{path}: {wrong}; {mend}".splitlines()))
 
@@ -129,14 +129,15 @@ def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None,
         # Some published files keep the 1-D columns as (N, 1). shape is None for HDF5's null dataspace.
         if not shape or not (len(shape) == 2 and shape[1] > 0 if matrix else shape[1:] in ((), (1,))):
             raise _error(path, f"{key} have shape {shape}", f"store them as {'(N, size >= 1)' if matrix else '(N,)'}")
-    lengths = {key: shape[0] for key, (shape, _) in layout.items()}
+    shapes = {key: shape for key, (shape, _) in layout.items() if shape}
+    lengths = {key: shape[0] for key, shape in shapes.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise _error(path, f"lengths differ: {found}", "export the file again, one row per transition in each")
     if not lengths["observations"]:
         raise _error(path, "zero transitions", "collect the dataset again, or download it again")
     for key in {"observations", "privileged"} & layout.keys():
-        sizes = [layout[k][0][1] for k in (key, f"next_{key}")]
+        sizes = [shapes[k][1] for k in (key, f"next_{key}")]
         if sizes[0] != sizes[1]:
             raise _error(path, f"{key} have {sizes[0]} columns but next_{key} {sizes[1]}", "export both from one task")
 
@@ -319,6 +320,7 @@ def widened(dataset: Dataset, size: int, path: str | os.PathLike) -> Dataset:
     """
     if not size:
         return dataset
+    assert dataset.privileged is not None and dataset.next_privileged is not None
     found = dataset.privileged.shape[1]
     if found != size:
         raise _error(path, f"privileged have {found} columns, the task has {size}", "use a dataset of this task")

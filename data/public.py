@@ -221,7 +221,7 @@ def _record(path: Path) -> Path:
 def _recorded(path: Path) -> str | None:
     """The SHA-256 kept beside a file (in sha256sum's format), if there is one."""
     record = _record(path)
-    return (record.read_text().split() or [None])[0] if record.is_file() else None
+    return next(iter(record.read_text().split()), None) if record.is_file() else None
 
 
 def _compare_with_record(path: Path, sha256: str) -> None:

@@ -1,6 +1,7 @@
 """Safety tasks as pure functions on JAX arrays: `envs.make(name)` gives an `Env` with `reset` and `step` (see core.py)."""
 
 import difflib
+from typing import Any
 
 import jax
 
@@ -42,8 +43,8 @@ def resolve(name: str) -> str:
     raise UnknownName(f"unknown environment {name!r}.{hint} Known: {', '.join(TASKS)}")
 
 
-def make(name: str, backend: str | None = None, privileged: bool = False) -> Env:
-    """The environment `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here:
+def make(name: str, backend: str | None = None, privileged: bool = False) -> Any:
+    """The `Env` of `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here:
     `mujoco` where JAX computes on a CPU, else `mjx`).
 
     `bullet/` names and Safety-Gymnasium ids without a native task give the package's own simulator (reference/env.py).

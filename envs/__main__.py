@@ -15,7 +15,7 @@ def dataset(name: str) -> str:
 
 def table() -> list[tuple[str, ...]]:
     """A header and one row per task, all cells text."""
-    rows = [("task", "Safety-Gymnasium id", "obs", "actions", "T", "backends", "cost is 1 where", "dataset")]
+    rows: list[tuple[str, ...]] = [("task", "Safety-Gymnasium id", "obs", "actions", "T", "backends", "cost is 1 where", "dataset")]
     for name, task in envs.TASKS.items():
         env = envs.make(name, backend="mujoco")
         sizes = (str(n) for n in (env.obs_size, env.action_size, env.horizon))

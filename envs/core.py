@@ -25,8 +25,8 @@ def on_host(function: Callable, shapes: Any, *args: jax.Array) -> Any:
     the callback itself runs: where the pool has one thread, because the process has one core, each waits for the other forever.
     """
     if jax.default_backend() != "cpu":
-        host = lambda *args: function(*map(np.asarray, args))
-        return jax.pure_callback(host, shapes, *args, vmap_method="broadcast_all")
+        on_copies = lambda *args: function(*map(np.asarray, args))
+        return jax.pure_callback(on_copies, shapes, *args, vmap_method="broadcast_all")
 
     def host(_, out, *args):
         for target, value in zip(jax.tree.leaves(out), jax.tree.leaves(function(*map(np.asarray, args))), strict=True):

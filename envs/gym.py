@@ -31,7 +31,7 @@ def _checked(action, space: spaces.Box) -> np.ndarray:
 
 
 def _spec(name: str, backend: str | None, horizon: int) -> EnvSpec:
-    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=horizon, kwargs={"name": name, "backend": backend})
+    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=horizon, kwargs={"name": name, "backend": backend})  # type: ignore[arg-type]
 
 
 class GymEnv(gymnasium.Env):
@@ -75,7 +75,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
         """`seed`: one per environment, each for the episode that `GymEnv` begins with it; a number n stands for n, n + 1, ..."""
         if seed is None:
-            seeds = [None] * self.num_envs if self._state is None else self._generators
+            seeds: list = [None] * self.num_envs if self._state is None else self._generators
         else:
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         self._generators = [x if isinstance(x, np.random.Generator) else gymnasium.utils.seeding.np_random(x)[0] for x in seeds]

@@ -29,7 +29,7 @@ if mujoco.get_mju_user_warning() is None:
 def package_file(package: str, *parts: str) -> Path:
     """A file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed: run `make setup` or `pip install -r requirements.txt`")
     return Path(spec.origin).parent.joinpath(*parts)
 

@@ -225,8 +225,8 @@ def words(arguments: str | list[str]) -> dict[str, str]:
 
 def same_value(a: str, b: str) -> bool:
     """Whether two values of an argument mean the same: 20 and 20.0 do."""
-    a, b = a.split(), b.split()
-    return len(a) == len(b) and all(x == y or _number(x) == _number(y) is not None for x, y in zip(a, b))
+    left, right = a.split(), b.split()
+    return len(left) == len(right) and all(x == y or _number(x) == _number(y) is not None for x, y in zip(left, right))
 
 
 def _number(text: str) -> float | None:

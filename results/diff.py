@@ -100,6 +100,7 @@ def table(pairs: list[tuple[str, Run | None, Run | None]], confidence: float, ma
     for label, baseline, fresh in pairs:
         if baseline is None or fresh is None:
             there = baseline or fresh
+            assert there is not None
             verdict = "missing" if fresh is None else "new (no baseline)"
             seeds = f"{len(there.seeds)} -> -" if fresh is None else f"- -> {len(there.seeds)}"
             lines.append((label, seeds, "", "", "", "", verdict))
@@ -160,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         if len(options.files) != 2 or options.accept:
             parser.error("name two files to compare, or none (and none with --accept)")
         baseline, fresh = map(csvs.load, options.files)
+        pairs: list[tuple[str, Run | None, Run | None]]
         pairs = [(f"{fresh.env} {csvs.stem(fresh.name, fresh.cost_limit)}", baseline, fresh)]
     else:
         new = csvs.fresh(options.runs, options.envs, options.algos)

@@ -72,14 +72,14 @@ def _measure(run: Run, seed: int) -> dict:
 
 def _blocks(episodes, costs) -> list[tuple[float, float]]:
     """(episodes, summed cost) of consecutive rows put together until they hold BLOCK episodes; the rest joins the last."""
-    blocks = [[0.0, 0.0]]
+    blocks = [(0.0, 0.0)]
     for n, cost in zip(episodes, costs):
         if blocks[-1][0] >= BLOCK:
-            blocks.append([0.0, 0.0])
-        blocks[-1] = [blocks[-1][0] + n, blocks[-1][1] + cost]
+            blocks.append((0.0, 0.0))
+        blocks[-1] = (blocks[-1][0] + n, blocks[-1][1] + cost)
     if len(blocks) > 1 and blocks[-1][0] < BLOCK:
         rest = blocks.pop()
-        blocks[-1] = [blocks[-1][0] + rest[0], blocks[-1][1] + rest[1]]
+        blocks[-1] = (blocks[-1][0] + rest[0], blocks[-1][1] + rest[1])
     return blocks
 
 

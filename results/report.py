@@ -125,10 +125,11 @@ def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
         for m, run in ((mx, x), (my, y)):
             order = measures.constrained_order(m["return"], m["cost"], run.cost_limit)
             keys.append([(-1, 0.0) if math.isnan(value) else key for value, key in zip(m["return"], order)])
-        final.append(tuple(measures.as_numbers(*keys)))
+        mine, theirs = measures.as_numbers(*keys)
+        final.append((mine, theirs))
         returns.append((np.nan_to_num(mx["return"], nan=-np.inf), np.nan_to_num(my["return"], nan=-np.inf)))
         if measures.finite(mx["regret"]).size and measures.finite(my["regret"]).size:
-            regrets.append(tuple(-measures.finite(m["regret"]) for m in (mx, my)))
+            regrets.append((-measures.finite(mx["regret"]), -measures.finite(my["regret"])))
         equal &= b in OFFLINE or budget(x) == budget(y)
     return {
         "tasks": len(both),
@@ -175,19 +176,20 @@ def claims(tasks: dict[str, Task]) -> list[str]:
                 estimate(found),
                 "-",
                 "-",
-                verdict(*found[1:], 0, np.mean([c.size for c in changes])),
+                verdict(*found[1:], 0, float(np.mean([c.size for c in changes]))),
             ]
         )
     for claim, other in CLAIMS:
-        found = compared(tasks, "marvel", other)
+        result = compared(tasks, "marvel", other)
         against = f"P(better than {NAMES[other]})"
-        if not found:
+        if not result:
             rows.append([claim, against, "-", "-", "-", "-", "no data"])
             continue
-        judged = verdict(*found["final"][1:], 0.5, found["seeds"] / found["tasks"])
+        _, low, high = result["final"]
+        judged = verdict(low, high, 0.5, result["seeds"] / result["tasks"])
         rows.append([
-            claim, against, f"{found['tasks']} ({found['seeds']})" + ("" if found["equal"] else " †"), estimate(found["final"]),
-            estimate(found["return"]), estimate(found["regret"]) if found["regret"] else "-", judged,
+            claim, against, f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †"), estimate(result["final"]),
+            estimate(result["return"]), estimate(result["regret"]) if result["regret"] else "-", judged,
         ])  # fmt: skip
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
     if own:

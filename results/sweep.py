@@ -163,7 +163,7 @@ def seconds_per_seed(options) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], list[float]] = {}
     for _, config in csvs.folders(options.runs):
         if isinstance(config.get("seconds"), (int, float)):
-            key = (config.get("env"), csvs.variant(config.get("algo"), config["config"]))
+            key = (config.get("env", ""), csvs.variant(config.get("algo", ""), config["config"]))
             found.setdefault(key, []).append(config["seconds"] / config["config"].get("seeds", 1))
     for key, run in csvs.baselines(ROOT / "results").items():
         for part in run.about.get("runs", ()):
