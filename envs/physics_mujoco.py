@@ -6,6 +6,7 @@ returns no warm start and cannot end a step with the forward pass that Safety-Gy
 """
 
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -21,6 +22,25 @@ STATE = int(mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+CHUNKS = 2  # slices of the rows per worker: more balance the load, each costs a call
+_loading, _loaded = threading.Lock(), []
+
+
+def step_rows():
+    """`mujoco_rows.step_rows`, or None where numba cannot be had: said in one line, once."""
+    with _loading:
+        if not _loaded:
+            try:
+                from envs import mujoco_rows
+
+                _loaded.append(mujoco_rows.step_rows)
+            except Exception as error:  # whatever numba or its cache trips over, the rows can be stepped without it
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"warning: C MuJoCo steps row by row, slowly on many cores ({why}): pip install numba", file=sys.stderr)
+                _loaded.append(None)
+        return _loaded[0]
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="mujoco")
@@ -32,7 +52,7 @@ class Workspace:
     def __init__(self, model: mujoco.MjModel):
         self.data = data = mujoco.MjData(model)
         self.ctrl, self.qpos, self.qvel, self.sensors = data.ctrl, data.qpos, data.qvel, data.sensordata
-        self.xpos = data.xpos
+        self.xpos, self.no_body = data.xpos, np.zeros(3)
 
 
 class MujocoPhysics:
@@ -49,6 +69,7 @@ class MujocoPhysics:
         self.state_size = self.engine_size + sum(extra)
         self.sizes = (model.nq, model.nv, model.nq, model.nsensordata, *extra)
         self._local = threading.local()
+        _pool().submit(step_rows)  # it loads while JAX compiles
 
     def reset(self, qpos, qvel, where):
         return self._call(self._reset_rows, where.shape, qpos, qvel, where)
@@ -79,7 +100,7 @@ class MujocoPhysics:
 
         # Most environment steps reset nothing: do not wake the workers for that.
         if rows != self._reset_rows or args[-1].any():
-            size = max(1, -(-n // (4 * WORKERS)))
+            size = max(1, -(-n // (CHUNKS * WORKERS)))
             for future in [_pool().submit(work, i, min(n, i + size)) for i in range(0, n, size)]:
                 future.result()
         return states.view(np.uint32).reshape(*batch, -1), readings.reshape(*batch, -1)
@@ -95,8 +116,13 @@ class MujocoPhysics:
     def _step_rows(self, w, rows, states, readings, bits, control):
         before, after = bits[rows].view(np.float64), states[rows]
         sensors = np.empty((len(before), self.model.nsensordata))
-        for row in zip(before, control[rows], after, sensors):
-            self.step_row(w, *row)
+        compiled = step_rows()
+        if compiled:
+            xpos = w.no_body if self.body is None else w.xpos[self.body]
+            compiled(self.model, w.data, STATE, self.substeps, self.forward, before, control[rows], after, sensors, xpos)
+        else:
+            for row in zip(before, control[rows], after, sensors):
+                self.step_row(w, *row)
         self.read(before, after, sensors, readings[rows])
 
     def step_row(self, w: Workspace, before: np.ndarray, control: np.ndarray, after: np.ndarray, sensors: np.ndarray):

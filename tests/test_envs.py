@@ -1,6 +1,7 @@
 """envs/: agreement with the recorded reference, the rules of `Env`, and the tasks' values in closed form."""
 
 import logging
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from scipy import stats
 
 import envs
-from envs import core, parity
+from envs import core, parity, physics_mujoco
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.npz"))
 RECORDED = {path.name.split("-")[0].rstrip("0"): path for path in RECORDINGS}
@@ -476,3 +477,38 @@ def test_host_functions_see_numpy_arrays_and_batches_in_front():
     assert roll(x[1], n[1])[1].tolist() == [12.0, 15.0]
     with pytest.raises(Exception, match="too many"):
         jax.block_until_ready(jax.jit(roll)(x[0], jnp.int32(10)))
+
+
+# ---------------------------------------------------------------- rows without the interpreter lock
+
+
+@pytest.mark.parametrize("task", [POINT, ANT, CHEETAH, "SafetyAntVelocity"])
+def test_rows_are_the_same_bits_with_and_without_numba(task, monkeypatch):
+    """Warm starts, the last forward pass, sensors, AntVelocity's tracked body."""
+    assert physics_mujoco.step_rows() is not None
+    env = envs.make(task, "mujoco")
+    physics, where, act = env.physics, np.ones(5, bool), np.asarray(actions(env, 30, 5))
+    qpos, qvel = (np.asarray(x, np.float32) for x in jax.vmap(env.task.initial)(jax.random.split(jax.random.key(3), 5)))
+
+    def roll():
+        bits, _ = physics._on_host(physics._reset_rows, qpos, qvel, where)
+        out = []
+        for control in act:
+            bits, readings = physics._on_host(physics._step_rows, bits, control)
+            out.append((bits, readings))
+        return out
+
+    compiled = roll()
+    monkeypatch.setattr(physics_mujoco, "_loaded", [None])
+    jax.tree.map(np.testing.assert_array_equal, compiled, roll())
+    assert len({bits.tobytes() for bits, _ in compiled}) == 30  # something moved
+
+
+def test_without_numba_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(physics_mujoco, "_loaded", [])
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "envs.mujoco_rows", raising=False)
+    monkeypatch.delattr(envs, "mujoco_rows", raising=False)
+    assert physics_mujoco.step_rows() is None and physics_mujoco.step_rows() is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install numba" in err

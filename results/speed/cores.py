@@ -1,0 +1,137 @@
+"""How C MuJoCo scales with the cores: `python results/speed/cores.py --cores 1 2`; writes results/speed/cores.csv.
+
+Environment steps per second of each task, random actions, measured in a process of its own per number of cores:
+
+step      one call of the host's step for all environments, as XLA's callback makes it
+row       the same, one row after another through MuJoCo's bindings, as where numba is missing
+scan      inside a jitted scan, with observations, rewards, costs and restarts
+rollout   `mujoco.rollout` with as many threads and as many physics steps: the bound (it gives no warm start back)
+lock_us   microseconds per row for which `step` holds Python's interpreter lock: its time with the physics left out
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+# A script's own folder comes first on the path, where the neighbouring envs.py would be taken for the package `envs`.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+
+TASKS = ("SafetyPointRun", "SafetyCarRun", "SafetyHalfCheetahVelocity", "SafetyAntRun")
+COLUMNS = ("task", "cores", "envs", "step", "row", "scan", "rollout", "lock_us", "machine")
+
+
+def rate(call, rows: int, seconds: float) -> float:
+    """Rows per second of `call()`, which does `rows`: the best of three measurements."""
+    call()
+    best = 0.0
+    for _ in range(3):
+        calls, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / 3:
+            call()
+            calls += 1
+        best = max(best, calls * rows / (time.perf_counter() - start))
+    return best
+
+
+def measure(task: str, n: int, cores: int, seconds: float) -> dict[str, float]:
+    import jax
+    import mujoco
+    import mujoco.rollout
+    import numpy as np
+
+    import envs
+    from envs import physics_mujoco
+
+    env = envs.make(task, "mujoco")
+    physics, rng = env.physics, np.random.default_rng(0)
+    state, _ = env.reset(jax.random.split(jax.random.key(0), n))
+    control = rng.uniform(-1, 1, (n, env.action_size)).astype(np.float32)
+    bits = np.asarray(state.physics)
+    for _ in range(20):  # away from the start, where nothing touches
+        bits, _ = physics._on_host(physics._step_rows, bits, control)
+    step = lambda: physics._on_host(physics._step_rows, bits, control)
+    found = {"step": rate(step, n, seconds)}
+    compiled = physics_mujoco.step_rows()
+    try:
+        physics_mujoco._loaded[:] = [None]
+        found["row"] = rate(step, n, seconds)
+        physics_mujoco._loaded[:] = [lambda *args: None]
+        found["lock_us"] = 1e6 / rate(step, n, seconds / 3)
+    finally:
+        physics_mujoco._loaded[:] = [compiled]
+
+    length = max(1, 2000 // n)
+
+    @jax.jit
+    def scan(state, key):
+        def one(state, key):
+            return env.step(state, jax.random.uniform(key, (n, env.action_size), minval=-1.0))[0], None
+
+        return jax.lax.scan(one, state, jax.random.split(key, length))[0]
+
+    found["scan"] = rate(lambda: jax.block_until_ready(scan(state, jax.random.key(1))), n * length, seconds)
+    full = np.zeros((n, mujoco.mj_stateSize(physics.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
+    data = mujoco.MjData(physics.model)
+    for row, before in zip(full, np.ascontiguousarray(bits).view(np.float64), strict=True):
+        mujoco.mj_setState(physics.model, data, before[: physics.engine_size], physics_mujoco.STATE)
+        mujoco.mj_getState(physics.model, data, row, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+    held = np.repeat(control[:, None].astype(float), physics.substeps + physics.forward, 1)
+    workspaces = [mujoco.MjData(physics.model) for _ in range(cores)]
+    with mujoco.rollout.Rollout(nthread=cores) as pool:
+        found["rollout"] = rate(lambda: pool.rollout(physics.model, workspaces, full, held), n, seconds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--cores", nargs="+", type=int, default=[1, len(os.sched_getaffinity(0))])
+    parser.add_argument("--envs", nargs="+", type=int, default=[64, 320])
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=HERE / "cores.csv")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        for task in options.tasks:
+            for n in options.envs:
+                row = {"task": task, "envs": n} | measure(task, n, options.cores[0], options.seconds)
+                print("row " + json.dumps(row), flush=True)
+        return
+    mine = sorted(os.sched_getaffinity(0))
+    if max(options.cores) > len(mine):
+        parser.error(f"--cores {max(options.cores)}: this process may use {len(mine)}")
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    with open(options.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        print(*(f"{c:>12s}" for c in COLUMNS[:-1]))
+        for cores in options.cores:
+            words = ["--worker", "--cores", str(cores), "--seconds", str(options.seconds), "--tasks", *options.tasks]
+            command = [sys.executable, __file__, *words, "--envs", *map(str, options.envs)]
+            own = set(mine[:cores])
+            environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+            pinned = lambda own=own: os.sched_setaffinity(0, own)
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, preexec_fn=pinned) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("row "):
+                        row = {k: round(v, 2) if isinstance(v, float) else v for k, v in json.loads(line[4:]).items()}
+                        row |= {"cores": cores, "machine": model}
+                        writer.writerow(row)
+                        file.flush()
+                        print(*(f"{str(row[c])[-12:]:>12s}" for c in COLUMNS[:-1]), flush=True)
+            if process.returncode:
+                sys.exit(process.returncode)
+
+
+if __name__ == "__main__":
+    main()
