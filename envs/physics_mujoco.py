@@ -22,7 +22,7 @@ STATE = int(mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-CHUNKS = 2  # slices of the rows per worker: more balance the load, each costs a call
+CHUNKS = 1  # slices of the rows per worker; on 16 cores more than one made the threads wait for each other
 _loading, _loaded = threading.Lock(), []
 
 

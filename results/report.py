@@ -214,7 +214,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
 
 def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows, shown = [], []
-    common = [env for env, task in tasks.items() if set(PLAIN) <= task.keys()]  # the figure compares like with like
+    # The figure compares like with like: what ran on all tasks that every algorithm has, or else on the task that the most have.
+    common = [env for env, task in tasks.items() if set(PLAIN) <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
     for name in ALGOS:
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
@@ -227,7 +228,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
                 scores[env] = found["return"] / best
         middle = measures.iqm(list(scores.values())) if scores else None
         better = compared(tasks, "marvel", name) if name != "marvel" else {}
-        if common and set(common) <= scores.keys():
+        if set(common) <= scores.keys():
             among = compared({env: tasks[env] for env in common}, "marvel", name) if name != "marvel" else {}
             shown.append((name, measures.iqm([scores[env] for env in common]), among.get("final")))
         cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "return", "regret")]
@@ -241,7 +242,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
         "violation regret), mean over tasks. 95% intervals, bootstrapped by task. Lines over other tasks are not comparable."
-        + (f" The figure shows only what ran on all of {', '.join(common)}." if common else ""),
+        f" The figure shows only what ran on all of {', '.join(common)}.",
         "",
         *markdown(
             [

@@ -419,6 +419,19 @@ def test_report_says_what_the_numbers_say(tmp_path):
         assert content[:4] == b"\x89PNG" and len(content) < 150_000, figure
 
 
+def test_the_aggregate_figure_shows_only_rows_over_the_same_tasks(tmp_path, monkeypatch):
+    """Marvel ran on a second task, a control on that one only: neither changes what the figure compares."""
+    for name in report.PLAIN:
+        csvs.write(make_run(name), tmp_path)
+    drawn = []
+    monkeypatch.setattr(report, "draw_aggregate", lambda shown, path: drawn.append(shown))
+    report.report(tmp_path)
+    for name, final in (("marvel", 100.0), ("marvel+pid", 900.0)):
+        csvs.write(make_run(name, final=final, env="SafetyCarRun"), tmp_path)
+    report.report(tmp_path)
+    assert drawn[0] == drawn[1] and {name for name, *_ in drawn[0]} == set(report.PLAIN)
+
+
 def test_report_reads_whatever_is_present(tmp_path):
     offline = make_run("cpq", seeds=1)
     csvs.write(csvs.Run(offline.path, "cpq", [r for r in offline.rows if r["phase"] == "offline"], {}), tmp_path)

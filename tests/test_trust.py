@@ -232,7 +232,8 @@ def test_a_diverged_seed_stops_alone(tmp_path, capsys):
 def test_when_every_seed_diverges_the_run_ends(tmp_path):
     words = "--env SafetyPointRun --env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 1 --final-eval-rounds 1 --hidden 8"
     with pytest.raises(SystemExit) as stop:
-        logbook.command(sac_lag.main, sac_lag.Args, [*words.split(), "--runs", str(tmp_path), "--actor-lr", "1e30", "--critic-lr", "1e30"])
+        words = [*words.split(), "--runs", str(tmp_path), "--actor-lr", "1e30", "--critic-lr", "1e30"]
+        logbook.command(sac_lag.main, sac_lag.Args, words=words)
     assert stop.value.code == 1
     folder = folder_of(tmp_path, "sac_lag")
     assert json.loads((folder / "config.json").read_text())["diverged"] == [0]
