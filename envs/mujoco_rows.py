@@ -48,9 +48,10 @@ def _library() -> ctypes.CDLL:
 _FUNCTIONS = tuple(_CFunction(_library(), name) for name in _SIGNATURES)
 _ROWS = types.Array(types.float64, 2, "C")
 _VIEW = types.Array(types.float64, 1, "C")
+_READ, _CONTROL = (types.Array(kind, 2, "C", readonly=True) for kind in (types.float64, types.float32))
 _SIGNATURE = _VOID(
     *_SIGNATURES.values(), _POINTER, _POINTER, types.intc, types.int64, types.boolean,
-    types.Array(types.float64, 2, "C", readonly=True), types.Array(types.float32, 2, "C", readonly=True), _ROWS, _ROWS, _VIEW, _VIEW, _VIEW, types.int64,
+    _READ, _CONTROL, _ROWS, _ROWS, _VIEW, _VIEW, _VIEW, types.int64,
 )  # fmt: skip
 
 

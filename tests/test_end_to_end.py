@@ -192,7 +192,7 @@ def test_a_seed_among_others_is_the_seed_alone(place, finished, seeds, devices):
     assert compared == 9
 
 
-@pytest.mark.parametrize("offline", ["bear_lag", "bc_safe"])
+@pytest.mark.parametrize("offline", ["bc_safe", pytest.param("bear_lag", marks=pytest.mark.slow)])
 def test_finetuning_from_another_offline_algorithm(offline, place, finished):
     """Its checkpoint is taken up where it is, and made where it is not."""
     finished(offline)

@@ -438,7 +438,7 @@ def tiny(place, tmp_path, words):
         return list(csv.DictReader(file)), err
 
 
-@pytest.mark.parametrize("offline", ["cpq", "bear_lag"])
+@pytest.mark.parametrize("offline", ["cpq", pytest.param("bear_lag", marks=pytest.mark.slow)])
 def test_without_a_constraint(place, tmp_path, offline):
     rows, _ = tiny(place, tmp_path, f"--cost-limit inf --offline {offline}")
     assert rows[-1]["phase"] == "online" and rows[-1]["cost_limit"] == "inf"
@@ -452,12 +452,16 @@ def test_a_dataset_without_a_safe_trajectory_trains_without_cloning(bad_files, t
     assert rows[-1]["phase"] == "online"
 
 
-def test_time_outs_stored_as_terminals_are_named(bad_files, tmp_path):
+def test_time_outs_stored_as_terminals_are_named(bad_files, tmp_path, capsys):
     dataset, _ = dsrl.load(bad_files / "point.hdf5")
     path = tmp_path / "t.hdf5"
     dsrl.save(path, dataset._replace(terminals=dataset.timeouts, timeouts=0 * dataset.timeouts), {"env": ENV})
     _, err = tiny(bad_files, tmp_path, f"--dataset {path}")
     assert sum("--terminals-are-timeouts" in line for line in err.splitlines()) == 1
-    shutil.rmtree(tmp_path / "runs")
-    _, err = tiny(bad_files, tmp_path, f"--dataset {path} --terminals-are-timeouts")
-    assert "terminals-are-timeouts" not in err
+    stored, _ = dsrl.load(path)
+    read = dsrl.as_timeouts(stored)
+    np.testing.assert_array_equal(read.timeouts, dataset.timeouts)
+    assert stored.terminals.any() and not read.terminals.any()
+    dsrl.check_episodes(read, path, 500)
+    dsrl.check_episodes(stored, path, 499)  # another horizon: these are no time-outs
+    assert capsys.readouterr().err == ""
