@@ -32,6 +32,34 @@ ITERATIONS, LINE_SEARCH = 8, 8
 RK4_STAGES = np.array([[0.5, 0.5, 1.0, 0.0], np.array([1, 2, 2, 1]) / 6], np.float32).T  # (way to the next stage, weight)
 
 
+def supported(model: mujoco.MjModel, forward: bool) -> int:
+    """The model's integrator; NotImplementedError for what MJX or this interface lacks."""
+    if model.na or model.opt.integrator not in (mujoco.mjtIntegrator.mjINT_EULER, mujoco.mjtIntegrator.mjINT_RK4):
+        raise NotImplementedError("activations, and integrators other than Euler and RK4")
+    if model.nsensor and not forward:
+        raise NotImplementedError("sensors of a moment before the state")
+    return model.opt.integrator
+
+
+def only_floor(model: mujoco.MjModel, touching: Sequence[str] | None) -> mujoco.MjModel:
+    """A copy in which only the geoms `touching` collide, with what is fixed to the world (None: as the model says)."""
+    model = copy.deepcopy(model)
+    if touching is not None:
+        fixed = model.body_weldid[model.geom_bodyid] == 0
+        on_list = np.isin(np.arange(model.ngeom), [model.geom(name).id for name in touching])
+        model.geom_contype[:], model.geom_conaffinity[:] = on_list & ~fixed, fixed
+    return model
+
+
+def add_up(qpos, end, shifted):
+    """(positions, their rests) after a step that ended at `end`, which where `shifted` counts from `qpos`: qpos + end without
+    loss (Knuth's two-sum), as the rounded sum and what the rounding cut off."""
+    total = qpos + end
+    added = total - qpos
+    cut_off = (qpos - (total - added)) + (end - added)
+    return jnp.where(shifted, total, end), jnp.where(shifted, cut_off, 0.0)
+
+
 class MjxState(NamedTuple):
     """Positions are qpos + rest: a movement of millimetres at 16.5 m would lose half its digits in one float32."""
 
@@ -49,19 +77,11 @@ class MjxPhysics:
     """
 
     def __init__(self, model: mujoco.MjModel, substeps: int, forward: bool, touching: Sequence[str] | None = None):
-        runge_kutta = model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
-        if model.na or model.opt.integrator not in (mujoco.mjtIntegrator.mjINT_EULER, mujoco.mjtIntegrator.mjINT_RK4):
-            raise NotImplementedError("activations, and integrators other than Euler and RK4")
-        if model.nsensor and not forward:
-            raise NotImplementedError("sensors of a moment before the state")
+        runge_kutta = supported(model, forward) == mujoco.mjtIntegrator.mjINT_RK4
         self.substeps, self.shifted = substeps, uniform(model)
         self._advance = self._runge_kutta if runge_kutta else self._euler
-        model = copy.deepcopy(model)
+        model = only_floor(model, touching)
         model.opt.iterations, model.opt.ls_iterations = ITERATIONS, LINE_SEARCH
-        if touching is not None:
-            fixed = model.body_weldid[model.geom_bodyid] == 0
-            on_list = np.isin(np.arange(model.ngeom), [model.geom(name).id for name in touching])
-            model.geom_contype[:], model.geom_conaffinity[:] = on_list & ~fixed, fixed
         self._model, self._data = mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax")
 
     def reset(self, qpos, qvel, where):
@@ -87,11 +107,7 @@ class MjxPhysics:
         at_rest = (start, jnp.zeros_like(before.qvel), jnp.zeros_like(before.warm))
         end, qvel, warm = jax.tree.map(partial(jnp.where, sound), last, at_rest)
 
-        # before.qpos + end without loss (Knuth's two-sum): the rounded sum, and what the rounding cut off.
-        total = before.qpos + end
-        added = total - before.qpos
-        cut_off = (before.qpos - (total - added)) + (end - added)
-        qpos, rest = jnp.where(self.shifted, total, end), jnp.where(self.shifted, cut_off, 0.0)
+        qpos, rest = add_up(before.qpos, end, self.shifted)
         warm, sensors = self._sense(qpos, qvel, warm, control)
         return MjxState(qpos, rest, qvel, warm), Readings(qpos, qvel, end - start, sensors)
 
