@@ -1,10 +1,13 @@
 """How far one environment step on MJX lands from the same step on C MuJoCo: `python -m envs.deviation [TASK ...]`.
 
+`--backend warp` asks the same of MuJoCo Warp; without an NVIDIA GPU, with ENVS_WARP_ON_CPU=1.
+
 Both backends step from the same states, met by C MuJoCo under random actions in the first steps of episodes (the very first
 are left out: see below), with the same actions; differences are absolute, or relative where C MuJoCo's value exceeds 1, the
 largest over a row's entries. Prints the median and the 95th percentile over the rows and exits 1 where one is past its bound.
 """
 
+import argparse
 import sys
 from typing import NamedTuple
 
@@ -57,6 +60,9 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+WARP_BOUNDS: dict[str, Bound] = {}
+
+
 def states(env: envs.Env, seed: int = 0):
     """(before, control, after, readings) of `ROWS * (STEPS - 1)` steps on C MuJoCo, states as float64 (N, nq + nv + ...)."""
     key_reset, key_act = jax.random.split(jax.random.key(seed))
@@ -75,9 +81,9 @@ def states(env: envs.Env, seed: int = 0):
     return flat(before).view(np.float64), flat(control), flat(after).view(np.float64), jax.tree.map(flat, readings)
 
 
-def measure(name: str, seed: int = 0) -> dict[str, tuple[float, float] | float]:
+def measure(name: str, seed: int = 0, backend: str = "mjx") -> dict[str, tuple[float, float] | float]:
     """The deviations of a task, as `Bound` has them."""
-    c, mjx = envs.make(name, "mujoco"), envs.make(name, "mjx")
+    c, mjx = envs.make(name, "mujoco"), envs.make(name, backend)
     task, (nq, nv) = c.task, c.physics.sizes[:2]
     before, control, after, expected = states(c, seed)
     qpos, qvel, warm = before[:, :nq], before[:, nq : nq + nv], before[:, nq + nv : nq + 2 * nv]
@@ -107,17 +113,23 @@ def past(found: dict, bound: Bound) -> list[str]:
     return [k for k, v in found.items() if not np.all(np.asarray(v) <= np.asarray(getattr(bound, k)))]
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", metavar="TASK", nargs="*")
+    parser.add_argument("--backend", choices=("mjx", "warp"), default="mjx")
+    args = parser.parse_args(arguments)
+    bounds = {"mjx": BOUNDS, "warp": WARP_BOUNDS}[args.backend]
     try:
-        names = [envs.resolve(name) for name in names] or list(envs.TASKS)
+        names = [envs.resolve(name) for name in args.names] or list(envs.TASKS)
+        envs.make(names[0], args.backend)
     except envs.UnknownName as e:
         print(e, file=sys.stderr)
         return 2
     failed = False
     print(f"{'task':28s}{'qpos':>18s}{'qvel':>18s}{'obs':>18s}{'reward':>18s}{'flags':>9s}   median, 95th percentile")
     for name in names:
-        found = measure(name)
-        wrong = past(found, BOUNDS[name])
+        found = measure(name, backend=args.backend)
+        wrong = past(found, bounds[name])
         failed |= bool(wrong)
         cells = "".join(f"{v[0]:9.0e}{v[1]:9.0e}" for v in list(found.values())[:4])
         print(f"{name:28s}{cells}{found['flags']:9.1%}   {'PAST: ' + ', '.join(wrong) if wrong else 'ok'}", flush=True)

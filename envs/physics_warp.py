@@ -6,7 +6,7 @@ float32, with the model's own solver limits. What else differs from C MuJoCo:
     contacts    only those between `touching` and the floor, as on MJX.
     frames      as shipped, contacts of a plane with a capsule within 30 degrees of its normal (an ant's feet) get tangents along
                 the world's axes, where C MuJoCo turns them to the capsule: friction along and across it is what its pyramids
-                bound. `_align_with_capsules` gives Warp the function that C MuJoCo has (its issue 2774).
+                bound. `load` gives Warp a function that does so, too (MuJoCo issue 2774; warp_frames.py).
     divergence  a row whose state is not finite after a step stays where it was, at rest; C MuJoCo puts it at qpos0.
     tracked     Readings.dbody is not provided.
 
@@ -15,6 +15,7 @@ On a CPU it runs too, but slowly: for tests, where the environment variable ENVS
 
 import contextlib
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Sequence
 from functools import cache, partial
@@ -84,17 +85,18 @@ def load():
     """The module mujoco.mjx, with Warp in it and C MuJoCo's contact frames in Warp."""
     import warp
 
-    warp.config.quiet = True  # no banner on stdout
+    warp.config.log_level = warp.LOG_WARNING  # no banner, and no line for every kernel, on stdout
     # If another module imported mjx first it did so with Warp, too: `check` has seen that it is installed.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         from mujoco import mjx
         from mujoco.mjx.third_party.mujoco_warp._src import collision_primitive
-    if not hasattr(collision_primitive, "plane_capsule"):
-        raise Unavailable(f"this mujoco-mjx is not the one known to work with Warp {WARP}: pip install -r requirements-gpu.txt")
-    from envs import warp_frames
+        from mujoco.mjx.third_party.mujoco_warp._src import collision_primitive_core as core
+    # Warp compiles kernels when they are first launched, with whatever function the name then stands for. A package that has
+    # another function is left alone: it is mended there, or unknown here.
+    if "if b_norm < 0.5:" in inspect.getsource(core.plane_capsule.func):
+        from envs import warp_frames
 
-    # Warp compiles kernels when they are first launched, with whatever function the name then stands for.
-    collision_primitive.plane_capsule = warp_frames.plane_capsule
+        collision_primitive.plane_capsule = warp_frames.plane_capsule
     return mjx
 
 
