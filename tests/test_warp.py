@@ -71,11 +71,11 @@ def test_the_default_on_a_gpu(monkeypatch, capsys, tmp_path):
     assert {n for n in envs.TASKS if envs.fastest(n) == "warp"} == set(envs.FASTER_ON_WARP) and envs.fastest(POINT) == "mjx"
     assert capsys.readouterr() == ("", "")
     version_is(monkeypatch, None)
-    assert envs.fastest(ANT) == envs.fastest(ANT) == "mjx"
+    assert envs.fastest(CHEETAH) == envs.fastest(CHEETAH) == "mjx"
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "requirements-gpu.txt" in err
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert envs.fastest(ANT) == "mjx" and capsys.readouterr() == ("", "")
+    assert envs.fastest(CHEETAH) == "mjx" and capsys.readouterr() == ("", "")
 
 
 # Its buffers
