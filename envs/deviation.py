@@ -60,7 +60,18 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
-WARP_BOUNDS: dict[str, Bound] = {}
+# The same of Warp, which solves to the models' own limits (robots of Circle have the bounds of Run).
+WARP_POINT = Bound((2e-7, 8e-7), (4e-6, 3e-4), (2e-4, 4e-3), (6e-8, 6e-7))
+WARP_CAR = Bound((5e-7, 1e-6), (3e-6, 1e-5), (1e-4, 6e-4), (3e-7, 2e-6))
+WARP_ANT = Bound((4e-7, 1e-6), (8e-6, 2e-5), (9e-5, 5e-4), (1e-6, 8e-6))
+WARP_BOUNDS: dict[str, Bound] = {
+    **{name: {POINT: WARP_POINT, CAR: WARP_CAR, ANT: WARP_ANT}[bound] for name, bound in BOUNDS.items() if "Velocity" not in name},
+    "SafetyHalfCheetahVelocity": Bound((5e-7, 5e-6), (2e-5, 2e-4), (2e-5, 2e-4), (4e-7, 3e-6)),
+    "SafetyHopperVelocity": Bound((2e-7, 6e-7), (2e-6, 3e-5), (2e-6, 3e-5), (3e-7, 4e-6)),
+    "SafetySwimmerVelocity": Bound((2e-7, 5e-7), (1e-6, 8e-6), (1e-6, 8e-6), (2e-7, 8e-7)),
+    "SafetyWalker2dVelocity": Bound((4e-7, 1e-6), (1e-5, 1e-4), (1e-5, 1e-4), (1e-6, 5e-6)),
+    "SafetyAntVelocity": Bound((4e-7, 8e-7), (6e-6, 2e-5), (6e-6, 2e-5), (1e-2, 0.1), 0.02),
+}
 
 
 def states(env: envs.Env, seed: int = 0):

@@ -23,6 +23,10 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv(physics_warp.ON_CPU, "1")
 
 
+def test_every_task_has_bounds():
+    assert set(deviation.WARP_BOUNDS) == set(envs.TASKS)
+
+
 # What it asks of the machine: one line each
 
 

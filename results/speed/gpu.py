@@ -32,7 +32,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 ANT, CHEETAH, POINT, CAR = "SafetyAntRun", "SafetyHalfCheetahVelocity", "SafetyPointRun", "SafetyCarRun"
 # (backend, task, numbers of environments or None for --envs, the most seconds), the most important first; "episodes" compares.
 JOBS = (
-    ("warp", ANT, None, 120),
+    ("warp", ANT, None, 150),
     ("warp", CHEETAH, None, 90),
     ("episodes-warp", ANT, None, 90),
     ("episodes-mujoco", ANT, None, 60),
