@@ -1008,3 +1008,68 @@ def test_networks_without_symlog_and_layer_norm():
     raw, squashed = (networks.Actor((8,), 4, 2, symlog=flag) for flag in (False, True))
     params = raw.init(jax.random.key(0), obs)
     np.testing.assert_allclose(raw.apply(params, symlog(obs))[0], squashed.apply(params, obs)[0], rtol=1e-5)
+
+
+def test_ood_quantile_decides_what_is_far():
+    """Of actions the data has too, few are beyond its 99%: 0 takes them all, whatever their KL."""
+    fixed, params, batch = real_networks()
+    key = jax.random.key(4)
+    weight = lambda q: np.asarray(
+        offline.ood_actions(params, batch, key, fixed.networks, replace(fixed.args, ood_fraction=1.0, ood_quantile=q))[2]
+    )
+    _, _, kl, own = all_policy_actions(params, batch, key, fixed)
+    assert kl.min() < own.min() and np.all(weight(0.0) == 1)
+    for q in (0.5, 0.99):
+        assert weight(q).sum() == (kl > np.quantile(own, q)).sum()
+
+
+@pytest.mark.parametrize("bound", [2.0, 10.0, math.inf])
+def test_gain_bound(bound):
+    """Costs of nothing for long: gains shrink to K0 / bound and no further; without a bound towards 0, and stay numbers."""
+    args = marvel.Args(cost_limit=20.0, reserve=0.0, gain_rates=(0.5, 0.5, 0.5), gain_bound=bound)
+    m = init_multiplier(args)
+    for cost in [0.0] * 12:
+        m = update_multiplier(m, jnp.float32(cost), args)
+    free = np.array([1 - 0.5 * math.tanh(1.0), 0.5, 1.0]) ** 12
+    np.testing.assert_allclose(m.gains / init_multiplier(args).gains, np.maximum(free, 1 / bound), rtol=1e-4)
+
+
+def test_vpa_step_passes_its_entropy_on():
+    """The whole step, not only its loss: per-sample and batch-mean entropy move the critics differently."""
+    moved = {}
+    for entropy in ("sample", "batch_mean"):
+        fixed, batch, actor, critics, _ = setting(marvel, vpa_entropy=entropy, vpa_alpha_reward=0.3, vpa_alpha_cost=0.2)
+        optimizers = {"critics": optax.sgd(0.1)}
+        learner = training.init_learner({"actor": actor, "critics": critics}, optimizers)
+        key = jax.random.key(5)
+        after, _ = marvel.vpa_step(learner, (batch,), key, fixed.networks, optimizers, fixed.args)
+        loss = lambda c, e=entropy: marvel.critic_loss(c, actor, critics, (0.3, 0.2), batch, key, fixed.networks, fixed.args, e)[0]
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, critics, jax.grad(loss)(critics))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.params["critics"], expected)
+        moved[entropy] = after.params["critics"]["reward"]
+    assert not np.allclose(moved["sample"], moved["batch_mean"], atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{"symlog": False}, {"layer_norm": False}, {"symlog": False, "layer_norm": False}], ids=str)
+def test_every_network_gets_its_flags(flags):
+    """What make_networks builds computes what a single critic, actor or encoder with these flags does."""
+    env, args = SimpleNamespace(obs_size=3, action_size=2), marvel.Args(hidden=(8,), vae_hidden=(8,), **flags)
+    nets = training.make_networks(args, env)
+    params = training.init_params(jax.random.key(0), nets, 3)
+    obs, action = 50 * jax.random.normal(jax.random.key(1), (5, 3)), jnp.ones((5, 2))
+    critic = networks.Critic((8,), **flags)
+    for part, ensemble in (("reward", nets.reward), ("cost", nets.cost)):
+        found = ensemble.apply(params["critics"][part], obs, action)
+        (stacked,) = params["critics"][part]["params"].values()
+        for i in range(len(found)):
+            member = {"params": jax.tree.map(lambda x, i=i: x[i], stacked)}
+            np.testing.assert_allclose(found[i], critic.apply(member, obs, action), rtol=1e-4, atol=1e-4)
+    if "symlog" not in flags:
+        return
+    # A network that squashes sees of `obs` what one that does not sees of symlog(obs).
+    squashing = training.make_networks(marvel.Args(hidden=(8,), vae_hidden=(8,)), env)
+    mean = lambda nets, obs: nets.actor.apply(params["actor"], obs)[0]
+    code = lambda nets, obs: nets.vae.apply(params["vae"], obs, action, method="encode")[0]
+    for output in (mean, code):
+        np.testing.assert_allclose(output(nets, symlog(obs)), output(squashing, obs), rtol=1e-4, atol=1e-4)
+        assert not np.allclose(output(nets, obs), output(squashing, obs), atol=0.1)
