@@ -10,5 +10,5 @@ BACKEND, BULLET = "safety-gymnasium", "bullet/"
 
 def wanted(name: str, backend: str | None, native: set[str]) -> bool:
     """Whether `name` is to be made here: asked for by backend or prefix, or an id that is not among the native names."""
-    foreign = re.fullmatch(r"Safety\w+-v\d", name) and name not in native
+    foreign = bool(re.fullmatch(r"Safety\w+-v\d", name)) and name not in native
     return name.startswith(BULLET) or backend == BACKEND or (backend is None and foreign)

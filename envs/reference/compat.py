@@ -113,7 +113,7 @@ def _gymnasium_robots() -> None:
             model.geom_margin /= 2
         return model, data
 
-    mujoco_env.MujocoEnv._initialize_simulation = initialize
+    mujoco_env.MujocoEnv._initialize_simulation = initialize  # type: ignore[method-assign]
 
 
 def _no_sky() -> None:
