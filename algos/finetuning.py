@@ -29,7 +29,7 @@ class OnlineArgs:
     """phase 3, online"""
 
     iterations: int = 50
-    """rounds of episodes and gradient steps (release: 100, or 1,000 on Ant and Velocity tasks)"""
+    """rounds of episodes and gradient steps (release: 100 to 1,000, by task)"""
     episodes_per_iter: int = 5
     """parallel episodes per iteration, and per batch of costs for the multiplier (Marvel: 5)"""
     updates_per_iter: int = 200

@@ -49,7 +49,7 @@ class LagrangianArgs:
     gain_rule: Literal["paper", "release"] = "paper"
     """apid's factors: as above (paper), or without tanh and divided by m instead of d' (release)"""
     gain_bound: float = 10.0
-    """apid's gains stay within this factor of the initial ones (Marvel's bounds are not public; inf: none)"""
+    """apid's gains stay within this factor of the initial ones (Marvel's bounds are not public; 1e9: none)"""
     multiplier_updates: int = 1
     """updates of the multiplier per batch of episodes, all from the same cost (release: 20, one per gradient step)"""
 

@@ -1,4 +1,4 @@
-"""How C MuJoCo scales with the cores: `python results/speed/cores.py --cores 1 2`; writes results/speed/cores.csv.
+"""How C MuJoCo scales with the cores: `python results/speed/cores.py --cores 1 2`; renews this machine's rows of results/speed/cores.csv.
 
 Environment steps per second of each task, random actions, measured in a process of its own per number of cores:
 
@@ -110,9 +110,14 @@ def main() -> None:
     if max(options.cores) > len(mine):
         parser.error(f"--cores {max(options.cores)}: this process may use {len(mine)}")
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    others = []
+    if options.out.exists():
+        with open(options.out, newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["machine"] != model]
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
+        writer.writerows(others)
         print(*(f"{c:>12s}" for c in COLUMNS[:-1]))
         for cores in options.cores:
             words = ["--worker", "--cores", str(cores), "--seconds", str(options.seconds), "--tasks", *options.tasks]
