@@ -20,9 +20,6 @@ from envs.core import Readings, on_host
 
 STATE = int(mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco.mjtState.mjSTATE_ACT | mujoco.mjtState.mjSTATE_WARMSTART)
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-CHUNKS = 1  # slices of the rows per worker; on 16 cores more than one made the threads wait for each other
 _loading, _loaded = threading.Lock(), []
 
 
@@ -51,8 +48,7 @@ class Workspace:
 
     def __init__(self, model: mujoco.MjModel):
         self.data = data = mujoco.MjData(model)
-        self.ctrl, self.qpos, self.qvel, self.sensors = data.ctrl, data.qpos, data.qvel, data.sensordata
-        self.xpos, self.no_body = data.xpos, np.zeros(3)
+        self.ctrl, self.qpos, self.qvel, self.sensors, self.xpos = data.ctrl, data.qpos, data.qvel, data.sensordata, data.xpos
 
 
 class MujocoPhysics:
@@ -68,7 +64,7 @@ class MujocoPhysics:
         self.engine_size = mujoco.mj_stateSize(model, STATE)
         self.state_size = self.engine_size + sum(extra)
         self.sizes = (model.nq, model.nv, model.nq, model.nsensordata, *extra)
-        self._local = threading.local()
+        self._local, self._making, self._workspaces = threading.local(), threading.Lock(), []
         _pool().submit(step_rows)  # it loads while JAX compiles
 
     def reset(self, qpos, qvel, where):
@@ -86,44 +82,55 @@ class MujocoPhysics:
         return bits, Readings(*jnp.split(readings, np.cumsum(self.sizes)[:-1], axis=-1))
 
     def _on_host(self, rows, *args):
-        """Runs `rows(workspace, slice, states, readings, *args)` over slices of the rows, spread over the workers."""
+        """Calls `rows(states, readings, *args)` with the batch axes as one."""
         # vmap adds axes in front; the last axis of the first argument is never a batch axis.
         batch = args[0].shape[:-1]
         args = [a.reshape(-1, *a.shape[len(batch) :]) for a in args]
         n = args[0].shape[0]
         states, readings = np.zeros((n, self.state_size)), np.zeros((n, sum(self.sizes)), np.float32)
-
-        def work(start, stop):
-            if not hasattr(self._local, "workspace"):
-                self._local.workspace = Workspace(self.model)
-            rows(self._local.workspace, slice(start, stop), states, readings, *args)
-
-        # Most environment steps reset nothing: do not wake the workers for that.
-        if rows != self._reset_rows or args[-1].any():
-            size = max(1, -(-n // (CHUNKS * WORKERS)))
-            for future in [_pool().submit(work, i, min(n, i + size)) for i in range(0, n, size)]:
-                future.result()
+        rows(states, readings, *args)
         return states.view(np.uint32).reshape(*batch, -1), readings.reshape(*batch, -1)
 
-    def _reset_rows(self, w, rows, states, readings, qpos, qvel, where):
-        for i in np.arange(len(where))[rows][where[rows]]:
+    def _reset_rows(self, states, readings, qpos, qvel, where):
+        def reset(w, i):
             mujoco.mj_resetData(self.model, w.data)
             w.qpos[:], w.qvel[:] = qpos[i], qvel[i]
             mujoco.mj_forward(self.model, w.data)
             self._save(w, states[i])
             self.read(states[i], states[i], w.sensors, readings[i])
 
-    def _step_rows(self, w, rows, states, readings, bits, control):
-        before, after = bits[rows].view(np.float64), states[rows]
+        self._one_by_one(reset, np.flatnonzero(where))  # most environment steps reset nothing
+
+    def _step_rows(self, states, readings, bits, control):
+        before, control = np.ascontiguousarray(bits).view(np.float64), np.ascontiguousarray(control, np.float64)
         sensors = np.empty((len(before), self.model.nsensordata))
         compiled = step_rows()
         if compiled:
-            xpos = w.no_body if self.body is None else w.xpos[self.body]
-            compiled(self.model, w.data, STATE, self.substeps, self.forward, before, control[rows], after, sensors, xpos)
+            compiled(self.model, self._for_threads(), STATE, self.substeps, self.forward, before, control, states, sensors)
         else:
-            for row in zip(before, control[rows], after, sensors):
-                self.step_row(w, *row)
-        self.read(before, after, sensors, readings[rows])
+            self._one_by_one(lambda w, i: self.step_row(w, before[i], control[i], states[i], sensors[i]), range(len(before)))
+        self.read(before, states, sensors, readings)
+
+    def _for_threads(self) -> list[tuple[mujoco.MjData, int | None]]:
+        """What `mujoco_rows.step_rows` works with: made at the first step, as an MjData is large."""
+        with self._making:
+            while len(self._workspaces) < WORKERS:
+                w = Workspace(self.model)
+                self._workspaces.append((w.data, None if self.body is None else w.xpos[self.body].ctypes.data))
+        return self._workspaces
+
+    def _one_by_one(self, row, indices) -> None:
+        """Calls `row(workspace, i)` for all indices, in slices of them spread over the pool's threads."""
+
+        def work(part):
+            if not hasattr(self._local, "workspace"):
+                self._local.workspace = Workspace(self.model)
+            for i in part:
+                row(self._local.workspace, i)
+
+        size = max(1, -(-len(indices) // WORKERS))
+        for future in [_pool().submit(work, indices[i : i + size]) for i in range(0, len(indices), size)]:
+            future.result()
 
     def step_row(self, w: Workspace, before: np.ndarray, control: np.ndarray, after: np.ndarray, sensors: np.ndarray):
         """One environment step from a float64 state (state_size,) into the rows `after` and `sensors` (nsensordata,)."""

@@ -29,16 +29,18 @@ TASKS = ("SafetyPointRun", "SafetyCarRun", "SafetyHalfCheetahVelocity", "SafetyA
 COLUMNS = ("task", "cores", "envs", "step", "row", "scan", "rollout", "lock_us", "machine")
 
 
-def rate(call, rows: int, seconds: float) -> float:
-    """Rows per second of `call()`, which does `rows`: the best of three measurements."""
-    call()
-    best = 0.0
-    for _ in range(3):
-        calls, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds / 3:
-            call()
-            calls += 1
-        best = max(best, calls * rows / (time.perf_counter() - start))
+def rates(calls: dict, rows: int, seconds: float, rounds: int = 5) -> dict[str, float]:
+    """Rows per second of each of `calls`, which do `rows` each: the best of `rounds`, taken in turns, as the machine is not quiet."""
+    best = dict.fromkeys(calls, 0.0)
+    for call in calls.values():  # compile, load
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            done, start = 0, time.perf_counter()
+            while time.perf_counter() - start < seconds / rounds:
+                call()
+                done += 1
+            best[name] = max(best[name], done * rows / (time.perf_counter() - start))
     return best
 
 
@@ -59,15 +61,20 @@ def measure(task: str, n: int, cores: int, seconds: float) -> dict[str, float]:
     for _ in range(20):  # away from the start, where nothing touches
         bits, _ = physics._on_host(physics._step_rows, bits, control)
     step = lambda: physics._on_host(physics._step_rows, bits, control)
-    found = {"step": rate(step, n, seconds)}
     compiled = physics_mujoco.step_rows()
-    try:
-        physics_mujoco._loaded[:] = [None]
-        found["row"] = rate(step, n, seconds)
-        physics_mujoco._loaded[:] = [lambda *args: None]
-        found["lock_us"] = 1e6 / rate(step, n, seconds / 3)
-    finally:
-        physics_mujoco._loaded[:] = [compiled]
+
+    def without(stand_in):
+        """`step` with another function in the compiled one's place."""
+
+        def call():
+            physics_mujoco._loaded[:] = [stand_in]
+            try:
+                with np.errstate(all="ignore"):  # what was not computed is whatever lay in memory
+                    step()
+            finally:
+                physics_mujoco._loaded[:] = [compiled]
+
+        return call
 
     length = max(1, 2000 // n)
 
@@ -78,7 +85,6 @@ def measure(task: str, n: int, cores: int, seconds: float) -> dict[str, float]:
 
         return jax.lax.scan(one, state, jax.random.split(key, length))[0]
 
-    found["scan"] = rate(lambda: jax.block_until_ready(scan(state, jax.random.key(1))), n * length, seconds)
     full = np.zeros((n, mujoco.mj_stateSize(physics.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
     data = mujoco.MjData(physics.model)
     for row, before in zip(full, np.ascontiguousarray(bits).view(np.float64), strict=True):
@@ -87,8 +93,10 @@ def measure(task: str, n: int, cores: int, seconds: float) -> dict[str, float]:
     held = np.repeat(control[:, None].astype(float), physics.substeps + physics.forward, 1)
     workspaces = [mujoco.MjData(physics.model) for _ in range(cores)]
     with mujoco.rollout.Rollout(nthread=cores) as pool:
-        found["rollout"] = rate(lambda: pool.rollout(physics.model, workspaces, full, held), n, seconds)
-    return found
+        bound = lambda: pool.rollout(physics.model, workspaces, full, held)
+        found = rates({"step": step, "row": without(None), "rollout": bound}, n, seconds)
+    found |= rates({"scan": lambda: jax.block_until_ready(scan(state, jax.random.key(1)))}, n * length, seconds)
+    return found | {"lock_us": 1e6 / rates({"lock": without(lambda *args: None)}, n, seconds / 3)["lock"]}
 
 
 def main() -> None:
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--cores", nargs="+", type=int, default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--envs", nargs="+", type=int, default=[64, 320])
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2, help="of each measurement")
     parser.add_argument("--out", type=Path, default=HERE / "cores.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
