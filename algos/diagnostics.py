@@ -40,13 +40,24 @@ def rank_diagnostic(run: Run, networks: Networks) -> Callable:
     policy = lambda actor: evaluated_policy(networks.actor, actor, "sample")
     uniform = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
     options = (env, args.rank_points, args.gamma, args.reward_scale, args.termination_cost)
-    own = vmap_seeds(lambda actor, key: monte_carlo_points(policy(actor), policy(actor), key, *options))
-    random = vmap_seeds(lambda actor, key: monte_carlo_points(uniform, policy(actor), key, *options))
+
+    def of_both(actor, key) -> tuple[Points, Points]:
+        """Points that the policy meets, and points that a uniformly random one does."""
+
+        def measure(random):
+            explore = lambda obs, key: jnp.where(random, uniform(obs, key), policy(actor)(obs, key))
+            return monte_carlo_points(explore, policy(actor), key, *options)
+
+        points = jax.vmap(measure)(jnp.array([False, True]))
+        own, random = (jax.tree.map(lambda x, i=i: x[i], points) for i in (0, 1))
+        return own, random
+
+    measure = vmap_seeds(of_both)
     correlations = vmap_seeds(partial(rank_correlations, networks=networks))
 
     def log(phase: str, actor, critics, gradient_steps: int) -> None:
         if args.rank_points:
-            points[:] = points or [measure(actor, run.keys("rank")) for measure in (own, random)]
+            points[:] = points or measure(actor, run.keys("rank"))
             run.log.log(phase, "rank", gradient_steps=gradient_steps, env_steps=0, **correlations(critics, *points))
 
     return log

@@ -9,6 +9,8 @@ float32, with the model's own solver limits. What else differs from C MuJoCo:
                 bound. `load` gives Warp a function that does so, too (MuJoCo issue 2774; warp_frames.py).
     divergence  a row whose state is not finite after a step stays where it was, at rest; C MuJoCo puts it at qpos0.
     tracked     Readings.dbody is not provided.
+    overflow    buffers hold all contacts and constraints that the model can have at once (`sizes`). Should they overflow all the
+                same, the simulation would be wrong: Warp prints a line, and the row's position, observation and reward become NaN.
 
 On a CPU it runs too, but slowly: for tests, where the environment variable ENVS_WARP_ON_CPU is set.
 """
@@ -34,6 +36,7 @@ ON_CPU = "ENVS_WARP_ON_CPU"
 # The largest number of contacts that Warp makes of a pair of geoms, by their types in ascending order.
 GEOM = mujoco.mjtGeom
 PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GEOM.mjGEOM_CAPSULE)
+BUFFERS = ("NEFC", "NJMAX_NNZ", "BROADPHASE", "NARROWPHASE", "CCD", "HFIELD")  # overflows after which forces are missing
 CONTACTS = {
     (PLANE, SPHERE): 1,
     (PLANE, CAPSULE): 2,
@@ -145,7 +148,12 @@ class WarpPhysics:
         # Graphs that write to buffers of their own, copied outside the graph: the one mode of Warp's that bears sharded programs
         # (MuJoCo issue 3191). On a CPU there are no graphs.
         mode = mjx.warp.types.GraphMode.WARP_STAGED_EX if jax.default_backend() != "cpu" else None
-        self._mjx, self._model = mjx, mjx.put_model(self._host, impl="warp", graph_mode=mode)
+        self._mjx, model = mjx, mjx.put_model(self._host, impl="warp", graph_mode=mode)
+        from mujoco.mjx.third_party.mujoco_warp._src.types import OverflowType
+
+        self._buffers = sum(int(OverflowType[name]) for name in BUFFERS)
+        # Not of a solver that was ended by its limit, which is a line per step and row.
+        self._model = model.tree_replace({"opt._impl.warn_overflow": self._buffers})
         self._step, self._sense = _flattened(self._step_rows), _flattened(self._sense_rows)
 
     def data(self, rows: int):
@@ -161,13 +169,14 @@ class WarpPhysics:
     def step(self, before, control):
         control = jnp.nan_to_num(control)
         start = jnp.where(self.shifted, before.rest, before.qpos)  # positions near 0 are fine-grained
-        last = _over(self._step, before.qpos.shape[:-1], start, before.qvel, before.warm, control)
+        *last, overflow = _over(self._step, before.qpos.shape[:-1], start, before.qvel, before.warm, control)
         sound = jnp.stack([jnp.isfinite(x).all(-1, keepdims=True) for x in last]).all(0)
         at_rest = (start, jnp.zeros_like(before.qvel), jnp.zeros_like(before.warm))
-        end, qvel, warm = jax.tree.map(partial(jnp.where, sound), last, at_rest)
+        end, qvel, warm = jax.tree.map(partial(jnp.where, sound), tuple(last), at_rest)
         qpos, rest = add_up(before.qpos, end, self.shifted)
         warm, sensors = self._sensed(qpos, qvel, warm, control)
-        return MjxState(qpos, rest, qvel, warm), Readings(qpos, qvel, end - start, sensors)
+        qpos, sensors, moved = (jnp.where(overflow > 0, jnp.nan, x) for x in (qpos, sensors, end - start))
+        return MjxState(qpos, rest, qvel, warm), Readings(qpos, qvel, moved, sensors)
 
     def _sensed(self, qpos, qvel, warm, control):
         """(acceleration (..., nv), sensors (..., nsensordata)); the given acceleration where there are no sensors."""
@@ -187,7 +196,8 @@ class WarpPhysics:
     def _step_rows(self, *args):
         def row(data):
             data, _ = jax.lax.scan(lambda d, _: (self._mjx.step(self._model, d), None), data, length=self.substeps)
-            return data.qpos, data.qvel, data.qacc_warmstart
+            overflow = (data._impl.overflow & self._buffers) != 0
+            return data.qpos, data.qvel, data.qacc_warmstart, overflow.astype(jnp.float32).reshape(1)
 
         return self._rows(row, *args)
 

@@ -108,27 +108,22 @@ def monte_carlo_points(
     state, obs = env.reset(jax.random.split(keys[0], n))
     half = env.horizon // 2
     leave = jax.random.randint(keys[1], (n,), 0, half)
+    select = lambda where, new, old: jax.tree.map(lambda x, y: jnp.where(where.reshape((-1,) + (1,) * (x.ndim - 1)), x, y), new, old)
 
-    def approach(carry, step):
+    def step(carry, step):  # one scan for both halves: a program with one environment step compiles in half the time
         i, key = step
-        (state, obs), kept = carry
-        select = lambda new, old: jnp.where((i == leave).reshape((n,) + (1,) * (new.ndim - 1)), new, old)
-        kept = jax.tree.map(select, (state, obs), kept)
-        state, t = env.step(state, explore(obs, key))
-        return ((state, t.obs), kept), None
-
-    steps = (jnp.arange(half), jax.random.split(keys[2], half))
-    _, (state, start) = jax.lax.scan(approach, ((state, obs), (state, obs)), steps)[0]
-    state = state._replace(t=jnp.zeros_like(state.t))
-    action = explore(start, keys[3])
-
-    def follow_policy(carry, step):
-        state, action, weight, sums = carry
+        state, obs, action, point, weight, sums = carry
+        point = select(i == leave, (state, obs), point)
+        state, obs = select(jnp.array([i == half]), (point[0]._replace(t=jnp.zeros_like(state.t)), point[1]), (state, obs))
+        action = jnp.where(i <= half, explore(obs, jnp.where(i == half, keys[3], key)), action)
+        first = action
         state, t = env.step(state, action)
-        sums = sums + weight[:, None] * jnp.stack([reward_scale * t.reward, t.cost + termination_cost * t.terminated], -1)
-        weight = weight * gamma * (1.0 - t.terminated)
-        return (state, policy(t.obs, step), weight, sums), None
+        counts = (i >= half) * weight
+        sums = sums + counts[:, None] * jnp.stack([reward_scale * t.reward, t.cost + termination_cost * t.terminated], -1)
+        weight = jnp.where(i >= half, weight * gamma * (1.0 - t.terminated), weight)
+        return (state, t.obs, policy(t.obs, key), point, weight, sums), first
 
-    carry = (state, action, jnp.ones(n), jnp.zeros((n, 2)))
-    sums = jax.lax.scan(follow_policy, carry, jax.random.split(keys[4], half))[0][3]
-    return Points(start, action, sums[:, 0], sums[:, 1])
+    carry = (state, obs, jnp.zeros((n, env.action_size)), (state, obs), jnp.ones(n), jnp.zeros((n, 2)))
+    steps = (jnp.arange(2 * half), jnp.concatenate([jax.random.split(keys[2], half), jax.random.split(keys[4], half)]))
+    (*_, (_, start), _, sums), actions = jax.lax.scan(step, carry, steps)
+    return Points(start, actions[half], sums[:, 0], sums[:, 1])
