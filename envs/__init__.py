@@ -29,10 +29,14 @@ TASKS: dict[str, Task] = {
     )
 }
 BACKENDS = ("mujoco", "mjx", "warp", reference.BACKEND)
-# The tasks whose default on an NVIDIA GPU is Warp; the others' is MJX. A task is here if Warp was faster on an H100 (4,096 environments,
-# random policy, steps/s on MJX and Warp: HalfCheetahVelocity 264,340 and 1,176,842) and one step lands as near to C MuJoCo as on MJX
-# (`python -m envs.deviation --backend warp`). AntRun is faster too (9,486 and 94,341), but is not here: whether policies fare the same on
-# Warp and on C MuJoCo was not compared yet.
+# Where JAX computes on a GPU, C MuJoCo on the host's cores, behind a callback, is the default from so many cores on, by robot: with the
+# 160 environments from which 32 seeds collect it is then about as fast as the physics on an H100. The numbers are the GPU's steps/s divided
+# by those of one core (results/speed/gpu.csv, 16 cores; MJX of Point at 160: 91,149). Car's MJX was not measured at 160.
+CORES_ENOUGH = {"Point": 16, "HalfCheetah": 4, "Ant": 6}
+# The tasks whose default on an NVIDIA GPU is else Warp; the others' is MJX. A task is here if Warp was faster on an H100 (steps/s of 4,096
+# environments on MJX and Warp: HalfCheetahVelocity 262,387 and 513,407) and one step lands as near to C MuJoCo as on MJX
+# (`python -m envs.deviation --backend warp`). AntRun is faster, too (9,486 and 71,988), and 200 episodes of random actions agree
+# (results/speed/gpu_episodes.csv), but it is not here: whether trained policies fare the same was not compared yet.
 FASTER_ON_WARP = ("SafetyHalfCheetahVelocity",)
 
 
@@ -54,6 +58,12 @@ def fastest(name: str) -> str:
     """The backend that `make` takes for a task where none is named."""
     if jax.default_backend() == "cpu":
         return "mujoco"
+    enough = next((n for robot, n in CORES_ENOUGH.items() if name.startswith(f"Safety{robot}")), None)
+    if enough and jax.default_backend() != "tpu":
+        from envs.physics_mujoco import WORKERS
+
+        if enough <= WORKERS:
+            return "mujoco"
     if name not in FASTER_ON_WARP or jax.default_backend() == "tpu":
         return "mjx"
     from envs import physics_warp
@@ -72,8 +82,9 @@ def warn_once(line: str) -> None:
 
 
 def make(name: str, backend: str | None = None, privileged: bool = False) -> Any:
-    """The `Env` of `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here:
-    `mujoco` where JAX computes on a CPU, else `mjx`, or `warp` for FASTER_ON_WARP on an NVIDIA GPU).
+    """The `Env` of `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here for
+    the few environments of a training run: `mujoco` where JAX computes on a CPU, and beside a GPU where the host has CORES_ENOUGH; else
+    `mjx`, or `warp` for FASTER_ON_WARP on an NVIDIA GPU).
 
     `bullet/` names and Safety-Gymnasium ids without a native task give the package's own simulator (reference/env.py).
     """

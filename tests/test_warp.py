@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import deviation, physics_mjx, physics_warp
+from envs import deviation, physics_mjx, physics_mujoco, physics_warp
 
 POINT, CAR, ANT, CHEETAH = "SafetyPointRun", "SafetyCarRun", "SafetyAntRun", "SafetyHalfCheetahVelocity"
 needs_warp = pytest.mark.skipif(not physics_warp.installed(), reason="warp-lang is not installed")
@@ -69,6 +69,7 @@ def test_where_kernels_cannot_be_kept_the_variable_is_named(on_cpu, monkeypatch,
 
 def test_the_default_on_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(physics_mujoco, "WORKERS", 2)
     monkeypatch.setenv("WARP_CACHE_PATH", str(tmp_path))
     envs.warn_once.cache_clear()
     version_is(monkeypatch, physics_warp.WARP)
@@ -78,6 +79,9 @@ def test_the_default_on_a_gpu(monkeypatch, capsys, tmp_path):
     assert envs.fastest(CHEETAH) == envs.fastest(CHEETAH) == "mjx"
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "requirements-gpu.txt" in err
+    for cores, tasks in ((6, {ANT, CHEETAH}), (16, {ANT, CHEETAH, POINT})):  # the host's cores are faster for few environments
+        monkeypatch.setattr(physics_mujoco, "WORKERS", cores)
+        assert {n for n in (POINT, CAR, ANT, CHEETAH) if envs.fastest(n) == "mujoco"} == tasks
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert envs.fastest(CHEETAH) == "mjx" and capsys.readouterr() == ("", "")
 

@@ -13,6 +13,7 @@ startup  from the start of `python algos/marvel.py` to its first gradient step, 
 floor    beside cpq and online: the step's matrix products alone at the highest rate at which this machine multiplies matrices.
          The rates that it reaches in several shapes are rows of their own: a hidden layer of `online`'s four critics is 4x64x256.
 whole    a whole run: as results/<env>/marvel.json recorded it, or measured now (--whole ENV).
+gpu      only when asked for: the physics backends on the GPU (gpu.py, with its own table; at most 7 minutes).
 
 Peers run under interpreters of their own (--torch, --crax, --reference; peers.py says what they must have), on the same cores,
 with as many threads as they choose. A peer that is missing or fails is one line, and its columns are empty.
@@ -58,7 +59,7 @@ from algos.seeds import vmap_seeds
 from data.replay import Replay
 from envs.rollout import Batch, Episodes
 
-Part = Literal["cpq", "online", "envs", "startup", "floor", "whole"]
+Part = Literal["cpq", "online", "envs", "startup", "floor", "whole", "gpu"]
 CPQ = {"obs": 33, "act": 8, "horizon": 500, "rows": 100_000, "batch": 512, "hidden": (256, 256), "vae": 400, "ood_actions": 10}
 ONLINE = {"obs": 33, "act": 8, "horizon": 500, "rows": 100_000, "batch": 64, "hidden": (256, 256)}
 SEEDS = 5
@@ -73,7 +74,7 @@ CRAX_OURS = (("SafetyPointCircle1", "mujoco"), ("SafetyPointCircle1", "mjx"))  #
 class Args:
     """Measure gradient steps, environments and start-up beside their peers."""
 
-    only: tuple[Part, ...] = get_args(Part)
+    only: tuple[Part, ...] = get_args(Part)[:-1]
     """parts to measure"""
     torch: str | None = None
     """a Python interpreter that has torch and osrl-lib"""
@@ -572,6 +573,12 @@ def whole(args: Args, _) -> list[Row]:
 
 def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs and peers started here end with this
+    if "gpu" in args.only:
+        if jax.default_backend() == "cpu":
+            raise logbook.BadInput('--only gpu: JAX finds no GPU here: pip install "jax[cuda13]" on a machine that has one')
+        subprocess.run([sys.executable, HERE / "gpu.py", "--minutes", "7"], check=True)
+        if args.only == ("gpu",):
+            return
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
     print(f"{jax.devices()[0].platform}, {cpus} of its cores{load}; medians of {args.repeats}", flush=True)

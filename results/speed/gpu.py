@@ -37,7 +37,7 @@ JOBS = (
     ("episodes-warp", ANT, None, 90),
     ("episodes-mujoco", ANT, None, 60),
     ("mjx", CHEETAH, None, 60),
-    ("mjx", POINT, None, 40),
+    ("mjx", POINT, None, 60),
     ("warp", POINT, None, 60),
     ("warp", CAR, None, 90),
     ("mujoco", ANT, 160, 30),
