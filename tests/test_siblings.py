@@ -26,13 +26,15 @@ def definitions(script: str) -> dict[str, str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, `from algos import x` as algos.x."""
+    """Dotted names of all modules that a file imports, `from algos import x` and `from . import x` as algos.x."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parent.name if node.level else ""
+            module = ".".join(part for part in (package, node.module) if part)
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
