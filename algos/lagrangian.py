@@ -1,8 +1,8 @@
 """The multiplier lambda of the Lagrangian: dual ascent, PID and Marvel's adaptive PID, one update per batch of episodes.
 
-    d' = (1 - reserve) d                      what the controller aims at; J_c: mean cost of the newest episodes
-    e = J_c - d';  P = EMA(e)
-    I <- clip(I + Ki e, 0, max_multiplier)
+    d' = (1 - reserve) d                      what the controller aims at
+    J_c = mean cost of the last `cost_memory` batches of episodes;  e = J_c - d';  P = EMA(e)
+    I <- clip(I + Ki e f, 0, max_multiplier)  f: integral_fall where e < 0, else 1
     D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago)
     lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
     aPID, from the mean m and the standard deviation s of the last `gain_window` costs:
@@ -38,6 +38,10 @@ class LagrangianArgs:
     """lambda at the start (the integral's initial value)"""
     max_multiplier: float = 0.5
     """upper bound of the integral and of lambda (Marvel: none; inf)"""
+    cost_memory: int = 1
+    """batches of episodes whose mean cost is J_c (Marvel: 1); of heavy-tailed costs five episodes say little"""
+    integral_fall: float = 1.0
+    """how fast the integral falls, in units of how fast it rises (Marvel: 1); less: it forgets more slowly in quiet batches"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
     pid_delay: int = 5
@@ -62,6 +66,7 @@ class Multiplier(NamedTuple):
     error_ema: jax.Array  # ()
     cost_emas: jax.Array  # (pid_delay + 1,), newest first
     costs: jax.Array  # (gain_window,) newest first, NaN where not yet measured
+    recent: jax.Array  # (cost_memory,) the same, for J_c
     gains: jax.Array  # (3,) Kp, Ki, Kd
 
 
@@ -70,7 +75,15 @@ def init_multiplier(args) -> Multiplier:
     scale = {"dual": (0.0, 1.0, 0.0), "pid10": (10.0, 10.0, 10.0)}.get(args.lagrangian, (1.0, 1.0, 1.0))
     gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
     start, unknown = jnp.float32(args.init_multiplier), jnp.float32(jnp.nan)
-    return Multiplier(start, start, unknown, jnp.full(args.pid_delay + 1, unknown), jnp.full(args.gain_window, unknown), gains)
+    return Multiplier(
+        start,
+        start,
+        unknown,
+        jnp.full(args.pid_delay + 1, unknown),
+        jnp.full(args.gain_window, unknown),
+        jnp.full(args.cost_memory, unknown),
+        gains,
+    )
 
 
 def update_multiplier(m: Multiplier, cost: jax.Array, args) -> Multiplier:
@@ -84,13 +97,15 @@ def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
     limit, decay = (1.0 - args.reserve) * args.cost_limit, args.pid_decay
     if math.isinf(args.cost_limit):  # no constraint
         return m
-    error = cost - limit
+    recent = jnp.concatenate([cost[None], m.recent[:-1]])
+    error = jnp.nanmean(recent) - limit
     ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
     error_ema = ema(m.error_ema, error)
     cost_emas = jnp.concatenate([ema(m.cost_emas[0], cost)[None], m.cost_emas[:-1]])
     costs = jnp.concatenate([cost[None], m.costs[:-1]])
     kp, ki, kd = m.gains
-    integral = jnp.clip(m.integral + ki * error, 0.0, args.max_multiplier)
+    change = ki * error * jnp.where(error < 0, args.integral_fall, 1.0)
+    integral = jnp.clip(m.integral + change, 0.0, args.max_multiplier)
     derivative = jnp.maximum(0.0, jnp.nan_to_num(cost_emas[0] - cost_emas[-1]))
     value = jnp.clip(kp * error_ema + integral + kd * derivative, 0.0, args.max_multiplier)
     gains = m.gains
@@ -104,4 +119,4 @@ def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
             unit = jnp.maximum(mean, 1.0)
             factors = 1 + a * (mean - limit) / unit, 1 + b * (mean - limit) / unit, 1 + c * std / unit
         gains = jnp.clip(gains * jnp.stack(factors), initial / args.gain_bound, initial * args.gain_bound)
-    return Multiplier(value, integral, error_ema, cost_emas, costs, gains)
+    return Multiplier(value, integral, error_ema, cost_emas, costs, recent, gains)

@@ -60,7 +60,7 @@ COLUMNS = (
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
-    "actor_warmup reserve kp ki kd gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile".split()
+    "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile".split()
 )
 INFINITE_ALLOWED = {"cost_limit", "max_multiplier", "checkpoint_seconds"}
 

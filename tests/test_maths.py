@@ -271,6 +271,17 @@ def test_update_multiplier_against_plain_python(lagrangian, start, variant):
             assert np.allclose(reached.max(0), 10) and np.allclose(reached.min(0)[:2], 0.1, rtol=1e-3)
 
 
+def test_memory_and_slow_forgetting_by_hand():
+    """J_c of the last two batches, an integral that falls at half its speed; limit 20, all of it used."""
+    gains = dict(kp=0.0, ki=0.01, kd=0.0, reserve=0.0, max_multiplier=10.0, lagrangian="pid")
+    args = marvel.Args(**gains, cost_limit=20.0, cost_memory=2, integral_fall=0.5)
+    m, integrals = init_multiplier(args), []
+    for cost in (40, 80, 0, 0):  # J_c: 40, 60, 40, 0; errors 20, 40, 20, -20
+        m = update_multiplier(m, jnp.float32(cost), args)
+        integrals.append(float(m.integral))
+    np.testing.assert_allclose(integrals, [0.2, 0.6, 0.8, 0.7], rtol=1e-6)
+
+
 def test_update_multiplier_first_step_by_hand():
     """Averages start at the first value, and there is no derivative yet: 0.01 * 10 + 0.001 * 10 = 0.11."""
     args = marvel.Args(lagrangian="pid", cost_limit=25, reserve=0.2, kp=0.01, ki=0.001, kd=5.0, pid_delay=2)  # aims at 20
