@@ -79,11 +79,11 @@ def show_speed(name: str, seeds: int) -> None:
     print(f"without --backend: {envs.fastest(name)}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m envs", description=__doc__)
     parser.add_argument("--speed", metavar="TASK", help="steps/s of each backend that runs here, and which of them is the default")
     parser.add_argument("--seeds", type=int, default=1, help="seeds for --speed; each collects with 5 environments")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: must be positive")
     if options.speed:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import logbook
-from results import csvs, diff, measures, report, sweep
+from results import csvs, diff, measures, report, sweep, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
@@ -716,3 +716,40 @@ def test_a_ray_node_dies_in_mid_sweep(tmp_path, fakes):
         assert out.count(": done") == 10
     finally:
         cluster.shutdown()
+
+
+# ---------------------------------------------------------------- tries
+
+
+def test_the_outcome_of_a_try():
+    """Two seeds, one within the limit; training costs 10 and 50 but for the first fifth of the rows, which cost 100."""
+    rows = [*seed_rows(0, final=700, cost=10, train_cost=10), *seed_rows(1, final=600, cost=40, train_cost=50)]
+    for r in rows:
+        if r["event"] == "train" and r["env_steps"] <= 2 * 2500:
+            r["cost"] = 100.0
+    found = tune.outcome(csvs.Run(Path("marvel.csv"), "marvel", rows, about(range(2))))
+    assert found == {
+        "share_safe": 0.5, "return": 650.0, "cost": 25.0, "worst_cost": 40.0, "train_cost": (8 * 10 + 8 * 50 + 4 * 100) / 20,
+        "first_fifth": 100.0, "offline_return": 500.0, "offline_cost": 30.0, "diverged": 0,
+    }  # fmt: skip
+
+
+def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    done, tries, out = [], tmp_path / "tries.txt", tmp_path / "tried.csv"
+    tries.write_text(f"marvel {ENV} --reserve 0.5  # a comment\n\nmarvel {ENV}\n")
+
+    def attempt(algo, env, arguments, seeds, runs):
+        done.append(arguments)
+        if "--reserve" in arguments:
+            raise csvs.BadInput("it failed")
+        return {"return": 1.0}
+
+    monkeypatch.setattr(tune, "attempt", attempt)
+    words = ["tune.py", str(tries), "--out", str(out), "--seeds", "2", "--common", "--evals 1"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert tune.main() == 1 and "it failed" in capsys.readouterr().err
+    assert tune.main() == 1 and done == [["--reserve", "0.5", "--evals", "1"], ["--evals", "1"], ["--reserve", "0.5", "--evals", "1"]]
+    assert tune.tried(out) == {("marvel", ENV, "--evals 1", "0-1")}
+    monkeypatch.setattr(sys, "argv", [*words, "--seeds", "11"])
+    with pytest.raises(csvs.BadInput, match="0 to 9"):
+        tune.main()

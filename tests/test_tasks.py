@@ -42,10 +42,33 @@ SIZES = {
 }
 
 
+def test_speeds_of_the_backends_that_run_here(capsys, monkeypatch):
+    """A batch whose call would take too long is left out, in words; the default is named."""
+    rates = {("mujoco", 10): 1e4, ("mujoco", 4096): 2e4, ("mjx", 10): 1.0}
+    monkeypatch.delenv(listing.physics_warp.ON_CPU, raising=False)
+    monkeypatch.setattr(listing, "speed", lambda env, n: rates[env.backend, n])
+    listing.main(["--speed", "SafetyPointRun0-v0", "--seeds", "2"])
+    out, err = capsys.readouterr()
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][0] == "SafetyPointRun," and lines[-1] == ["without", "--backend:", "mujoco"]
+    assert [line[:2] + line[3:4] for line in lines[1:4]] == [["mujoco", "10", "10,000"], ["mujoco", "4096", "20,000"], ["mjx", "10", "1"]]
+    assert lines[4][:2] == ["mjx", "4096"] and "not measured" in out.splitlines()[4]
+    assert err.startswith("without warp: ") and err.count("\n") == 1
+    for words, text in ((["--speed", "SafetyPoint"], "Did you mean"), (["--speed", "SafetyPointRun", "--seeds", "0"], "must be positive")):
+        with pytest.raises(SystemExit) as stop:
+            listing.main(words)
+        assert stop.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_a_speed_is_measured(capsys):
+    env = listing.envs.make("SafetyPointRun", "mujoco")
+    assert 10 < listing.speed(env, 4, seconds=0.1) < 1e7
+
+
 def test_the_listing_has_every_task_with_its_sizes(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "DATA", tmp_path)
     (tmp_path / "SafetyPointCircle2.hdf5").write_bytes(b"x" * 2_500_000)
-    listing.main()
+    listing.main([])
     header, *lines = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: line for line in lines}
     assert list(cells) == list(envs.TASKS) and set(cells) == set(SIZES)
