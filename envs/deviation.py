@@ -9,7 +9,7 @@ largest over a row's entries. Prints the median and the 95th percentile over the
 
 import argparse
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def states(env: envs.Env, seed: int = 0):
     return flat(before).view(np.float64), flat(control), flat(after).view(np.float64), jax.tree.map(flat, readings)
 
 
-def measure(name: str, seed: int = 0, backend: str = "mjx") -> dict[str, tuple[float, float] | float]:
+def measure(name: str, seed: int = 0, backend: str = "mjx") -> dict[str, Any]:
     """The deviations of a task, as `Bound` has them."""
     c, mjx = envs.make(name, "mujoco"), envs.make(name, backend)
     task, (nq, nv) = c.task, c.physics.sizes[:2]

@@ -151,6 +151,7 @@ def judged_rows(recording: dict, env: envs.Env) -> np.ndarray:
 def errors(recording: dict, env: envs.Env) -> dict[str, float]:
     """The largest error of each quantity over a recording (as `load` gives it)."""
     physics = env.physics
+    assert isinstance(physics, MujocoPhysics)
     qpos, qvel, warm = to_world(recording, recording["qpos"], recording["qvel"], recording["warm"])
     next_qpos, next_qvel = to_world(recording, recording["next_qpos"], recording["next_qvel"])
     action = np.clip(recording["action"], env.action_low, env.action_high)

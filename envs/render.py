@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,20 +130,23 @@ def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike
         axes.plot(horizontal[costly], vertical[costly], ".", color=COST, ms=3, label=label("step with cost"))
         if not limited:
             axes.plot(horizontal[0], vertical[0], "o", color="black", ms=3, label=label("start"))
-    boundary = {"color": "black", "ls": "--", "lw": 1}
+    boundary: dict[str, Any] = {"color": "black", "ls": "--", "lw": 1}
     if limited:
+        assert isinstance(env.task, Velocity)
         axes.axhline(env.task.threshold, **boundary, label="threshold")
         axes.set(xlabel="step", ylabel="velocity (m/s)")
     elif view.radius:
         angle = np.linspace(0, 2 * np.pi, 200)
         axes.plot(view.radius * np.cos(angle), view.radius * np.sin(angle), color=RING[:3], lw=1, label="circle")
         axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
+        assert view.x is not None
         axes.axvline(view.x, **boundary, label="boundary")
         axes.axvline(-view.x, **boundary)
         if view.y is not None:
             axes.axhline(view.y, **boundary)
             axes.axhline(-view.y, **boundary)
     else:
+        assert view.x is not None
         axes.axhline(view.x, **boundary, label="boundary")
         axes.axhline(-view.x, **boundary)
         axes.set(xlabel="-y (m): the way to go", ylabel="x (m)")
@@ -322,6 +325,7 @@ def write_with_ffmpeg(path: Path, pictures: Iterator[np.ndarray], rate: float) -
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{first.shape[1]}x{first.shape[0]}", "-r", f"{rate:g}", "-i", "-"]
     command = ["ffmpeg", "-v", "error", "-y", *raw, "-pix_fmt", "yuv420p", str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stderr
         try:
             for picture in itertools.chain([first], pictures):
                 process.stdin.write(np.ascontiguousarray(picture).data)

@@ -12,12 +12,13 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerError(RuntimeError):
@@ -33,17 +34,19 @@ class _Process:
             [python, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | one_thread,
         )  # fmt: skip
+        assert self._popen.stdin and self._popen.stdout
+        self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
         self.name = name
         self.send("open", package, name)
 
     def send(self, method: str, *arguments) -> None:
         with suppress(BrokenPipeError):  # `receive` says so
-            pickle.dump((method, arguments), self._popen.stdin)
-            self._popen.stdin.flush()
+            pickle.dump((method, arguments), self._stdin)
+            self._stdin.flush()
 
     def receive(self):
         try:
-            good, answer = pickle.load(self._popen.stdout)
+            good, answer = pickle.load(self._stdout)
         except (EOFError, pickle.UnpicklingError):
             raise WorkerError(f"{self.name}: a simulator process died (exit code {self._popen.wait()})") from None
         if not good:
@@ -52,8 +55,8 @@ class _Process:
 
     def close(self) -> None:
         with suppress(BrokenPipeError):  # it has died before what was sent to it left the buffer
-            self._popen.stdin.close()
-        self._popen.stdout.close()
+            self._stdin.close()
+        self._stdout.close()
         self._popen.wait()
 
 
@@ -106,18 +109,20 @@ class Pool:
             self._record(after, simulators)
             return out
 
-    def _simulators(self, histories: list[bytes | None]) -> tuple[list[tuple[int, int]], list[bool]]:
+    def _simulators(self, histories: Sequence[bytes | None]) -> tuple[list[tuple[int, int]], list[bool]]:
         """A simulator for every history, and whether it is there already."""
         self._batches.add(len(histories))
         self._grow(len(histories))
-        found = [self._at.pop(history, None) for history in histories]
-        there = [simulator is not None for simulator in found]
-        load = [sum(simulator is not None and simulator[0] == i for simulator in found) for i in range(len(self._processes))]
-        for i, hit in enumerate(there):
-            if not hit:
+        hits = [None if history is None else self._at.pop(history, None) for history in histories]
+        there = [simulator is not None for simulator in hits]
+        load = [sum(simulator is not None and simulator[0] == i for simulator in hits) for i in range(len(self._processes))]
+        found = []
+        for hit in hits:
+            if hit is None:
                 process = load.index(min(load))
                 load[process] += 1
-                found[i] = self._take(process)
+                hit = self._take(process)
+            found.append(hit)
         return found, there
 
     def _grow(self, rows: int) -> None:

@@ -168,8 +168,9 @@ def child(args) -> None:
 def run(command: list[str], limit: float, got) -> str:
     """Calls `got(row)` for each row that the command prints; why it ended early, or nothing."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout and process.stderr
     errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+    reader = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
     reader.start()
     late = threading.Event()
 
