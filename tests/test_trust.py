@@ -38,10 +38,10 @@ def place(tmp_path_factory):
     return place
 
 
-def start(algo, runs, cwd, words="", **options):
+def start(algo, runs, cwd, words="", environment=None, **options):
     command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env", ENV, "--runs", str(runs), *(TINY | SHORT)[algo].split()]
     command += words.split()
-    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # such short runs are mostly compilation
+    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | (environment or {})  # short runs are mostly compilation
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ, **options)
 
 
@@ -246,8 +246,8 @@ def test_when_every_seed_diverges_the_run_ends(tmp_path):
 def test_a_full_disk_stops_the_run_and_keeps_its_rows(place):
     """The files of the process may not grow past 60 kB: one line, exit code 1, whole rows only."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    process = start("sac_lag", place / "full", place, "--checkpoint-seconds 0", preexec_fn=limit, env=environment)
+    environment = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = start("sac_lag", place / "full", place, "--checkpoint-seconds 0", environment, preexec_fn=limit)
     _, err = process.communicate(timeout=170)
     lines = [line for line in err.splitlines() if line.strip()]
     assert process.returncode == 1 and len(lines) == 1 and "--resume" in lines[0], err[-2000:]
