@@ -3,7 +3,7 @@
     d' = (1 - reserve) d                      what the controller aims at
     J_c = mean cost of the last `cost_memory` batches of episodes;  e = J_c - d';  P = EMA(e)
     I <- clip(I + Ki e f, 0, max_multiplier)  f: integral_fall where e < 0, else 1
-    D = max(0, EMA(J_c) - EMA(J_c) `pid_delay` updates ago)
+    D = max(0, EMA(c) - EMA(c) `pid_delay` updates ago)  c: mean cost of the newest batch
     lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
     aPID, from the mean m and the standard deviation s of the last `gain_window` costs:
     Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d';  each within [K0 / gain_bound, K0 gain_bound]

@@ -30,13 +30,14 @@ TASKS: dict[str, Task] = {
 }
 BACKENDS = ("mujoco", "mjx", "warp", reference.BACKEND)
 # Where JAX computes on a GPU, C MuJoCo on the host's cores, behind a callback, is the default from so many cores on, by robot: with the
-# 160 environments from which 32 seeds collect it is then about as fast as the physics on an H100. The numbers are the GPU's steps/s divided
-# by those of one core (results/speed/gpu.csv, 16 cores; MJX of Point at 160: 91,149). Car's MJX was not measured at 160.
-CORES_ENOUGH = {"Point": 16, "HalfCheetah": 4, "Ant": 6}
+# 160 environments from which 32 seeds collect it is then about as fast as what else would be the default, on an H100. The numbers are the
+# GPU's steps/s divided by a sixteenth of those of 16 cores (results/speed/gpu.csv; measured earlier, MJX at 160: Point 91,149, Ant 786).
+# Car's MJX was not measured at 160.
+CORES_ENOUGH = {"Point": 16, "HalfCheetah": 4, "Ant": 1}
 # The tasks whose default on an NVIDIA GPU is else Warp; the others' is MJX. A task is here if Warp was faster on an H100 (steps/s of 4,096
 # environments on MJX and Warp: HalfCheetahVelocity 262,387 and 513,407) and one step lands as near to C MuJoCo as on MJX
-# (`python -m envs.deviation --backend warp`). AntRun is faster, too (9,486 and 71,988), and 200 episodes of random actions agree
-# (results/speed/gpu_episodes.csv), but it is not here: whether trained policies fare the same was not compared yet.
+# (`python -m envs.deviation --backend warp`). AntRun is faster, too (9,486, measured earlier, and 71,988), and 200 episodes of random
+# actions agree (results/speed/gpu_episodes.csv), but it is not here: whether trained policies fare the same was not compared yet.
 FASTER_ON_WARP = ("SafetyHalfCheetahVelocity",)
 
 

@@ -146,8 +146,10 @@ class WarpPhysics:
         self._host = only_floor(model, touching)
         self.contacts, self.constraints = sizes(self._host)
         # On several devices, graphs that write to buffers of their own, copied outside the graph: the one mode of Warp's that bears
-        # sharded programs (MuJoCo issue 3191). On one, mjx's default: a step of 160 cheetahs took a quarter of the time.
-        mode = mjx.warp.types.GraphMode.WARP_STAGED_EX if jax.default_backend() != "cpu" and jax.device_count() > 1 else None
+        # sharded programs (MuJoCo issue 3191). They cost: a step of 160 cheetahs took 10.5 ms (results/speed/gpu.csv). On one device
+        # mjx's default, in which such steps were not measured.
+        staged = jax.default_backend() != "cpu" and jax.device_count() > 1
+        self.graph_mode, mode = ("WARP_STAGED_EX", mjx.warp.types.GraphMode.WARP_STAGED_EX) if staged else ("default", None)
         self._mjx, model = mjx, mjx.put_model(self._host, impl="warp", graph_mode=mode)
         from mujoco.mjx.third_party.mujoco_warp._src.types import OverflowType
 

@@ -2,7 +2,8 @@
 
 gpu.csv           environment steps per second inside env.step (observations, rewards, costs and restarts), random actions, a jitted
                   scan: the best of the calls that fit into --seconds. compile_s is XLA's tracing and compiling, first_s the first
-                  call, in which Warp compiles or loads its kernels. `options` names compiler options other than the defaults.
+                  call, in which Warp compiles or loads its kernels. `options` names Warp's graph mode and the compiler options
+                  that are not the defaults.
 gpu_episodes.csv  AntRun's first episodes under random actions on Warp and on C MuJoCo: means with 95% intervals (1.96 standard
                   errors), each backend with the same keys.
 
@@ -100,7 +101,9 @@ def measure(backend: str, task: str, n: int, seconds: float, steps: int, options
         key, use = jax.random.split(key)
         state, sums = jax.block_until_ready(compiled(state, use))
         best = min(best, time.perf_counter() - began)
+    mode = [f"graph_mode={env.physics.graph_mode}"] if backend == "warp" else []
     return {
+        "options": " ".join([*mode, *(f"{k}={v}" for k, v in options.items())]),
         "steps_per_s": round(n * steps / best),
         "ms_per_step": round(1e3 * best / steps, 3),
         "compile_s": round(compile_s, 1),
