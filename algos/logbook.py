@@ -52,7 +52,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Where, what to replay, and how often to save: the results do not depend on these. The dataset counts by its hash.
 NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "dataset", "resume", "checkpoint_seconds")
 COLUMNS = (
-    "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
+    "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
+    "multiplier kp ki kd "
     "reward_critic_loss cost_critic_loss actor_loss q qc qc_ood ood_weight entropy "
     "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
     "cost_limit config_hash commit dataset_hash"

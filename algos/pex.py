@@ -155,6 +155,7 @@ def replay_checkpoint(args: Args) -> None:
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")
     if arrays[names[0]].shape[-2] > env.obs_size + env.action_size:
         env = envs.make(meta["env"], args.backend, privileged=True)
+    limit = meta["config"].get("cost_limit", args.cost_limit)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
     own |= {name: meta["config"].get(name, True) for name in ("symlog", "layer_norm")}
     args = replace(args, **own)
@@ -162,7 +163,7 @@ def replay_checkpoint(args: Args) -> None:
     shapes = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size + env.privileged_size))
     shapes = {k: shapes[k] for k in ("actor", "critics")} | {"prior": shapes["actor"], "multiplier": jnp.float32(0)}
     params = logbook.restore(shapes, arrays, str(args.eval))
-    training.show_episodes(args, env, evaluated_policy(params, params["multiplier"], networks, args))
+    training.show_episodes(args, env, evaluated_policy(params, params["multiplier"], networks, args), limit)
 
 
 def main(args: Args) -> None:

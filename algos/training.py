@@ -59,8 +59,8 @@ class EvalArgs:
 
     eval_episodes: int = 20
     """episodes per evaluation"""
-    final_eval_rounds: int = 5
-    """evaluations that the one at the end of each phase averages: the cost of 20 episodes scatters too widely to compare"""
+    final_eval_rounds: int = 25
+    """evaluations that the one at the end of each phase puts together: the cost of 20 episodes scatters too widely to compare"""
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action (release)"""
     eval: Path | None = None
@@ -288,19 +288,37 @@ def evaluation_blocks(blocks: int, n: int) -> set[int]:
 
 
 def make_evaluator(run: Run, policy: Callable) -> Callable:
-    """A function that evaluates `policy(*params)` of every seed and logs the means.
+    """A function that evaluates `policy(*params)` of every seed and logs what `episode_statistics` says.
 
-    The last evaluation of a phase is the mean of `final_eval_rounds` rounds. Its keys are numbered by `n` (gradient steps).
+    The last evaluation of a phase has `final_eval_rounds` rounds of episodes. Their keys are numbered by `n` (gradient steps).
     """
     args, log = run.args, run.log
-    means = vmap_seeds(lambda params, key: evaluate(policy(*params), key, run.env, args.eval_episodes).means())
+    episodes = vmap_seeds(lambda params, key: evaluate(policy(*params), key, run.env, args.eval_episodes))
 
     def show(phase: str, params: tuple, n: int, last: bool, **columns) -> None:
-        rounds = [means(params, run.keys("eval", n + i)) for i in range(args.final_eval_rounds if last else 1)]
-        values = {k: sum(r[k] for r in rounds) / (1 if k == "episodes" else len(rounds)) for k in rounds[0]}
-        log.log(phase, "eval", **columns, **values)
+        rounds = [episodes(params, run.keys("eval", n + i)) for i in range(args.final_eval_rounds if last else 1)]
+        values = {k: np.concatenate([r[k] for r in rounds], -1) for k in rounds[0]}
+        log.log(phase, "eval", **columns, **episode_statistics(values, args.cost_limit))
 
     return show
+
+
+def episode_statistics(episodes: dict[str, np.ndarray], cost_limit: float) -> dict[str, np.ndarray]:
+    """Columns (...) of an evaluation from the "return", "cost" and "length" (..., n) of its n episodes.
+
+    Means; the standard errors of return and cost (NaN for one episode); the share of episodes that cost more than the limit; the
+    mean cost of the most costly tenth of the episodes, at least one (CVaR at 0.9).
+    """
+    n = episodes["cost"].shape[-1]
+    se = lambda x: np.std(x, -1, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[:-1], np.nan)
+    worst = np.sort(episodes["cost"], -1)[..., -max(1, n // 10) :]
+    return {k: np.mean(x, -1) for k, x in episodes.items()} | {
+        "episodes": np.full(worst.shape[:-1], float(n)),
+        "return_se": se(episodes["return"]),
+        "cost_se": se(episodes["cost"]),
+        "share_above": np.mean(episodes["cost"] > cost_limit, -1),
+        "worst_tenth": np.mean(worst, -1),
+    }
 
 
 def load_policy(path: Path) -> tuple[dict, dict]:
@@ -317,14 +335,19 @@ def replay_checkpoint(args) -> None:
     env = envs.make(meta["env"], args.backend)
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
-    show_episodes(args, env, evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy))
+    policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
+    show_episodes(args, env, policy, meta["config"].get("cost_limit", args.cost_limit))
 
 
-def show_episodes(args, env: envs.Env, policy: Callable) -> None:
+def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> None:
     """Return and cost of a policy over --episodes; its --trajectory and --video."""
     key = jax.random.key(args.seed)
-    means = jax.jit(lambda key: evaluate(policy, key, env, args.episodes).means())(key)
-    print(f"{env.name}: {args.episodes} episodes, return {means['return']:.1f}, cost {means['cost']:.1f}")
+    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes))(key)
+    found = episode_statistics({k: np.asarray(x, float) for k, x in found.items()}, cost_limit)
+    print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
+    if args.episodes > 1:
+        print(f"  standard errors {found['return_se']:.2g} and {found['cost_se']:.2g}, length {found['length']:.0f}")
+        print(f"  {found['share_above']:.1%} of the episodes above {cost_limit:g}, mean cost of the worst tenth {found['worst_tenth']:.1f}")
     for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
         if path:
             print(draw(env, policy, key, path))

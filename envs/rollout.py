@@ -71,20 +71,20 @@ def collect(rollout: Rollout, policy: Callable, key: jax.Array, env: Env, steps:
     return rollout, batch, ended
 
 
-def evaluate(policy: Callable, key: jax.Array, env: Env, episodes: int) -> Episodes:
-    """`episodes` fresh episodes of `policy(obs, key)`, each counted up to its first end."""
+def evaluate(policy: Callable, key: jax.Array, env: Env, episodes: int) -> dict[str, jax.Array]:
+    """{"return", "cost", "length"}, each (episodes,), of fresh episodes of `policy(obs, key)`, each counted up to its first end."""
     key_reset, key_steps = jax.random.split(key)
     state, obs = env.reset(jax.random.split(key_reset, episodes))
 
     def step(carry, key):
         state, obs, alive, sums = carry
         state, t = env.step(state, policy(obs, key))
-        sums = sums + jnp.stack([jnp.sum(alive * x) for x in (t.reward, t.cost, jnp.ones_like(t.reward))])
+        sums = sums + alive * jnp.stack([t.reward, t.cost, jnp.ones_like(t.reward)])
         return (state, t.obs, alive * (1.0 - (t.terminated | t.truncated)), sums), None
 
-    start = (state, obs, jnp.ones(episodes), jnp.zeros(3))
+    start = (state, obs, jnp.ones(episodes), jnp.zeros((3, episodes)))
     sums = jax.lax.scan(step, start, jax.random.split(key_steps, env.horizon))[0][3]
-    return Episodes(jnp.float32(episodes), *sums)
+    return dict(zip(("return", "cost", "length"), sums, strict=True))
 
 
 class Points(NamedTuple):

@@ -47,6 +47,7 @@ COLUMNS = (  # those of algos/logbook.py; a test compares
     "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
     "cost_limit config_hash commit dataset_hash"
 ).split()
+LATER = frozenset("return_se cost_se share_above worst_tenth".split())  # columns that older files lack
 TEXT = frozenset("env algo phase event config_hash commit dataset_hash".split())
 COUNTS = frozenset("seed gradient_steps env_steps".split())
 EVENTS = ("eval", "train", "rank", "diverged")
@@ -97,7 +98,7 @@ def read(path: Path) -> list[dict]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: not a readable CSV file ({' '.join(str(error).split())}): restore it or run again") from None
     header = lines[0] if lines else []
-    absent = [column for column in COLUMNS if header.count(column) != 1]
+    absent = [column for column in COLUMNS if header.count(column) != 1 and not (column in LATER and column not in header)]
     if absent:
         raise BadInput(f"{path}: column {absent[0]} is missing or repeated: not a progress.csv of this suite")
     rows, seen = [], {}
@@ -105,6 +106,7 @@ def read(path: Path) -> list[dict]:
         if len(line) != len(header):
             raise BadInput(f"{path}: row {number} has {len(line)} fields instead of {len(header)}: cut off? run again")
         row = {column: _value(x, column, f"{path}: row {number}") for column, x in zip(header, line) if column in COLUMNS}
+        row |= {column: math.nan for column in LATER - row.keys()}
         if row["event"] not in EVENTS:
             raise BadInput(f"{path}: row {number}: event {row['event'][:30]!r} is none of {', '.join(EVENTS)}")
         key = tuple(row[c] for c in ("seed", "phase", "event", "gradient_steps", "env_steps"))

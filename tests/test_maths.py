@@ -795,8 +795,8 @@ def test_no_episode_ended():
     ids=["time-out", "terminal", "both"],
 )
 def test_evaluate_known_episodes(env, expected, variant):
-    found = variant(lambda key: rollout.evaluate(ZERO, key, env, 6).means())(jax.random.key(0))
-    assert {k: float(v) for k, v in found.items()} == {"episodes": 6, **expected}
+    found = variant(lambda key: rollout.evaluate(ZERO, key, env, 6))(jax.random.key(0))
+    assert {k: v.tolist() for k, v in found.items()} == {k: [v] * 6 for k, v in expected.items()}
 
 
 def test_evaluate_stops_at_the_first_end():
@@ -806,14 +806,27 @@ def test_evaluate_stops_at_the_first_end():
     found = rollout.evaluate(ZERO, key, env, 500)
     n = np.asarray(env.reset(jax.random.split(jax.random.split(key)[0], 500))[1][:, 0])
     t = np.minimum(n, 6)
-    np.testing.assert_allclose(np.array(found), [500, (n * t).sum(), (t * (t - 1) / 2).sum(), t.sum()])
+    np.testing.assert_allclose(np.array([found["return"], found["cost"], found["length"]]), [n * t, t * (t - 1) / 2, t])
 
 
 def test_evaluate_passes_the_policy_what_it_sees():
     """Cost of DelayedCost: 1 exactly if the first action is positive; reward is the last action."""
     policy = lambda obs, key: jnp.where(obs[..., :1] == 0, 0.5, -0.25)
-    found = rollout.evaluate(policy, jax.random.key(0), probes.DelayedCost(), 4).means()
-    assert {k: float(v) for k, v in found.items()} == {"episodes": 4, "return": -0.25, "cost": 1, "length": 3}
+    found = rollout.evaluate(policy, jax.random.key(0), probes.DelayedCost(), 4)
+    assert {k: v.tolist() for k, v in found.items()} == {"return": [-0.25] * 4, "cost": [1] * 4, "length": [3] * 4}
+
+
+def test_statistics_of_evaluated_episodes():
+    """Of two seeds: twenty episodes that cost 0 to 19, and twenty that cost 7 each."""
+    cost = np.stack([np.arange(20.0)[::-1], np.full(20, 7.0)])
+    found = training.episode_statistics({"return": -cost, "cost": cost, "length": np.full((2, 20), 5.0)}, 7)
+    assert {k: v.tolist() for k, v in found.items() if not k.endswith("_se")} == {
+        "episodes": [20, 20], "return": [-9.5, -7], "cost": [9.5, 7], "length": [5, 5], "share_above": [0.6, 0], "worst_tenth": [18.5, 7]
+    }  # fmt: skip
+    np.testing.assert_allclose(found["cost_se"], [np.sqrt(35 / 20), 0])  # variance of 0, ..., n-1: n (n+1) / 12
+    np.testing.assert_array_equal(found["return_se"], found["cost_se"])
+    one = training.episode_statistics({k: np.array([3.0]) for k in ("return", "cost", "length")}, 2)
+    assert np.isnan(one["cost_se"]) and one["share_above"] == 1 and one["worst_tenth"] == 3
 
 
 def test_actors_episode_sums_restart():

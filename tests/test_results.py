@@ -127,16 +127,25 @@ def test_writing_and_reading_keeps_every_value(tmp_path):
     assert csvs.write(again, tmp_path / "b").read_bytes() == path.read_bytes()
 
 
+def test_a_file_from_before_a_column_was_added_is_read(tmp_path):
+    kept = [column for column in csvs.COLUMNS if column not in csvs.LATER]
+    row = dict.fromkeys(kept, "") | dict(env=ENV, algo="marvel", seed=0, phase="online", event="eval", gradient_steps=1, env_steps=1)
+    row |= {"return": 1, "cost": 2, "cost_limit": 20}
+    (tmp_path / "x.csv").write_text(",".join(kept) + "\n" + ",".join(str(row[column]) for column in kept) + "\n")
+    (found,) = csvs.read(tmp_path / "x.csv")
+    assert found["cost"] == 2 and math.isnan(found["cost_se"])
+
+
 HEADER = ",".join(csvs.COLUMNS)
-GOOD = f"{ENV},marvel,0,online,eval,10,100,5,1.5,2,500,,,,,,,,,,,,,,,,,20.0,abc,def,123"
+GOOD = f"{ENV},marvel,0,online,eval,10,100,5,1.5,2,500,,,,,,,,,,,,,,,,,,,,,20.0,abc,def,123"
 BAD = [
     ("", "column env"),
     ("x,y\n1,2\n", "column env"),
     (HEADER.replace(",cost,", ",") + "\n", "column cost"),
     (HEADER.replace("kp", "seed") + "\n", "column seed"),
     (HEADER + "\n", "no rows"),
-    (f"{HEADER}\n{GOOD.rsplit(',', 2)[0]}\n", "row 2 has 29 fields"),
-    (f"{HEADER}\n{GOOD},7\n", "row 2 has 32 fields"),
+    (f"{HEADER}\n{GOOD.rsplit(',', 2)[0]}\n", "row 2 has 33 fields"),
+    (f"{HEADER}\n{GOOD},7\n", "row 2 has 36 fields"),
     (f"{HEADER}\n{GOOD.replace('1.5', 'abc')}\n", "return is 'abc', not a number"),
     (f"{HEADER}\n{GOOD.replace('1.5', '1_5')}\n", "return is '1_5', not a number"),
     (f"{HEADER}\n{GOOD.replace('1.5', 'nan')}\n", "return is nan, not finite"),
