@@ -6,6 +6,7 @@ ALGOS, followed by @LIMIT if the cost limit is not 20. Both become a `Run`.
 """
 
 import argparse
+import collections
 import csv
 import json
 import math
@@ -18,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = "SafetyPointRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyAntRun".split()  # the core suite
 LIMIT = 20.0  # of the files without @LIMIT in their names
+CHOSEN_ON = range(10)  # seeds that settings are chosen on (results/tune.py)
+UNSEEN = 100  # results are reported on seeds from here on
 
 # name: (script in algos/, its arguments, whose offline checkpoints it makes or starts from). A control is an argument.
 ALGOS = {
@@ -30,6 +33,8 @@ ALGOS = {
     "jsrl": ("jsrl", "", "cpq"),
     "pex": ("pex", "", "cpq"),
     "so2": ("so2", "", "cpq"),
+    "wsrl": ("wsrl", "", "cpq"),
+    "cal": ("cal", "", None),  # four cost critics: offline checkpoints of its own
     "marvel+novpa": ("marvel", "--vpa-steps 0", "cpq"),
     "marvel+fqe": ("marvel", "--vpa-alpha-reward 0 --vpa-alpha-cost 0", "cpq"),
     "marvel+fresh": ("marvel", "--critics fresh", "cpq"),
@@ -39,10 +44,27 @@ ALGOS = {
     "marvel+mixed": ("marvel", "--replay mixed", "cpq"),
     "marvel+bear_lag": ("marvel", "--offline bear_lag", "bear_lag"),
     "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
+    "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),
 }
+# What carries the results: what the suite adds to the paper, taken away or alone, for Marvel and for naive finetuning with its controller.
+LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
+    "bare": ("bare: no anchor, warm-up, reserve", "--anchor-weight 0 --actor-warmup 0 --reserve 0", "cpq"),
+    "warmup": ("bare + warm-up", "--anchor-weight 0 --reserve 0", "cpq"),
+    "anchor": ("bare + anchor", "--actor-warmup 0 --reserve 0", "cpq"),
+    "reserve": ("bare + reserve", "--anchor-weight 0 --actor-warmup 0", "cpq"),
+    "": ("the suite: all three", "", "cpq"),
+    "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", None),
+    "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", None),
+    "blind": ("the suite, critics that do not see x", "--no-privileged-critic", None),
+}
+for _rung, (_, _arguments, _offline) in LADDER.items():
+    if _rung:
+        ALGOS[f"marvel+{_rung}"] = ("marvel", _arguments, _offline)
+        ALGOS[f"naive_o2o+apid+{_rung}"] = ("naive_o2o", f"--lagrangian apid {_arguments}", _offline)
 
 COLUMNS = (  # those of algos/logbook.py; a test compares
-    "env algo seed phase event gradient_steps env_steps episodes return cost length multiplier kp ki kd "
+    "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
+    "multiplier kp ki kd "
     "reward_critic_loss cost_critic_loss actor_loss q qc qc_ood ood_weight entropy "
     "rank_q_policy rank_qc_policy rank_q_random rank_qc_random "
     "cost_limit config_hash commit dataset_hash"
@@ -161,6 +183,15 @@ class Run:
     dataset_hashes = property(lambda self: sorted({row["dataset_hash"] for row in self.rows}))
     commits = property(lambda self: sorted({row["commit"] for row in self.rows if row["commit"]}))
 
+    @property
+    def unseen(self) -> bool:
+        """Whether its seeds are ones that no setting was chosen on; BadInput if only some of them are."""
+        unseen = [seed >= UNSEEN for seed in self.seeds]
+        if any(unseen) and not all(unseen):
+            mend = f"report seeds from {UNSEEN} on apart from the others"
+            raise BadInput(f"{self.path}: seeds {self.seeds[0]} to {self.seeds[-1]}: {mend}, on which settings may have been chosen")
+        return all(unseen)
+
     def of(self, seed: int, *events: str) -> list[dict]:
         """The rows of a seed, in order; of these events only, if any are named."""
         return [row for row in self.rows if row["seed"] == seed and (not events or row["event"] in events)]
@@ -238,11 +269,17 @@ def _number(text: str) -> float | None:
 def variant(script: str, config: dict) -> str:
     """The name in ALGOS of a run of algos/SCRIPT.py with this configuration: that with the most arguments which all hold."""
     text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    def holds(flag: str, wanted: str) -> bool:
+        field = flag[2:].replace("-", "_")
+        if not wanted:  # --flag or --no-flag
+            return config.get(field[3:]) is False if field.startswith("no_") else config.get(field) is True
+        return same_value(text(config.get(field)), wanted)
+
     best, most = script, 0
     for name, (its_script, arguments, _) in ALGOS.items():
         wanted = words(arguments)
-        holds = lambda flag: same_value(text(config.get(flag[2:].replace("-", "_"))), wanted[flag])
-        if its_script == script and len(wanted) > most and all(map(holds, wanted)):
+        if its_script == script and len(wanted) > most and all(holds(*item) for item in wanted.items()):
             best, most = name, len(wanted)
     return best
 
@@ -270,7 +307,7 @@ def fresh(runs: Path, envs: list[str] | None = None, algos: list[str] | None = N
         newest = out.get(run.key)
         if newest is None:
             out[run.key] = run
-        elif newest.about["config"] == run.about["config"] and newest.dataset_hashes == run.dataset_hashes:
+        elif same_experiment(newest, run):
             out[run.key] = merge(newest, run)
     return out
 
@@ -279,6 +316,25 @@ def baselines(results: Path, envs: list[str] | None = None, algos: list[str] | N
     """(env, name, limit) -> committed run."""
     runs = [load(path) for path in sorted(results.glob("*/**/*.csv")) if path.relative_to(results).parts[0] != "speed"]
     return {run.key: run for run in runs if (not envs or run.env in envs) and (not algos or run.name in algos)}
+
+
+def tried(results: Path) -> list[dict[str, str]]:
+    """The rows of results/tried.csv, which tune.py writes; [] without that file."""
+    path = results / "tried.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tries(results: Path) -> dict[tuple[str, str], int]:
+    """(script, task) -> number of settings of it that were tried there."""
+    return dict(collections.Counter((row["algo"], row["env"]) for row in tried(results)))
+
+
+def same_experiment(a: Run, b: Run) -> bool:
+    """Whether the two are seeds of one kind, chosen on or unseen, of one configuration on one dataset."""
+    return a.about.get("config") == b.about.get("config") and a.dataset_hashes == b.dataset_hashes and a.unseen == b.unseen
 
 
 def merge(first: Run, second: Run) -> Run:

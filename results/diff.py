@@ -125,16 +125,20 @@ def table(pairs: list[tuple[str, Run | None, Run | None]], confidence: float, ma
 
 
 def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path) -> None:
-    """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration and dataset are the same."""
+    """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration, dataset and kind of seeds are the same."""
     for key, run in sorted(fresh.items()):
         old = baselines.get(key)
-        if old and old.about.get("config") == run.about["config"] and old.dataset_hashes == run.dataset_hashes:
+        if old and old.unseen and not run.unseen:
+            raise csvs.BadInput(
+                f"{old.path}: holds unseen seeds, which seeds that settings may be chosen on do not replace: delete it first"
+            )
+        if old and csvs.same_experiment(old, run):
             merged = csvs.merge(run, old)
             what = f"seeds {_listed(run.seeds)}" + (f", kept {_listed(set(merged.seeds) - set(run.seeds))}" if merged is not run else "")
         else:
             merged, what = (
                 run,
-                f"seeds {_listed(run.seeds)}" + (", replaces another configuration or dataset" if old else ", new"),
+                f"seeds {_listed(run.seeds)}" + (", replaces another configuration, dataset or kind of seeds" if old else ", new"),
             )
         print(f"{csvs.write(merged, results).relative_to(results)}: {what}")
 

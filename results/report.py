@@ -18,16 +18,21 @@ from results.csvs import ALGOS, ENVS, ROOT, Run
 NAMES = {
     "cpq": "CPQ (offline)", "bc_safe": "BC-Safe (offline)", "bear_lag": "BEAR-Lag (offline)", "marvel": "Marvel",
     "sac_lag": "SAC-Lag from scratch", "naive_o2o": "naive finetuning", "jsrl": "JSRL", "pex": "PEX", "so2": "SO2",
+    "wsrl": "WSRL", "cal": "CAL",
     "marvel+novpa": "Marvel, no pre-alignment", "marvel+fqe": "Marvel, plain fitted Q", "marvel+fresh": "Marvel, fresh critics",
     "marvel+dual": "Marvel, dual ascent", "marvel+pid": "Marvel, fixed PID", "marvel+pid10": "Marvel, fixed PID, gains x10",
     "marvel+mixed": "Marvel, mixed replay", "marvel+bear_lag": "Marvel from BEAR-Lag",
-    "naive_o2o+bear_lag": "naive from BEAR-Lag",
+    "naive_o2o+bear_lag": "naive from BEAR-Lag", "naive_o2o+apid": "naive finetuning, adaptive PID",
 }  # fmt: skip
+RUNGS = {"marvel": "Marvel", "naive_o2o+apid": "naive finetuning, adaptive PID"}  # of which csvs.LADDER has variants
+for base, title in RUNGS.items():
+    NAMES |= {f"{base}+{rung}": f"{title}; {what}" for rung, (what, *_) in csvs.LADDER.items() if rung}
 OFFLINE = ("cpq", "bc_safe", "bear_lag")
 PLAIN = [name for name in ALGOS if "+" not in name]
-CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name)]
+STEPS = {f"{base}+{rung}" for base in RUNGS for rung in csvs.LADDER}
+CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name and name not in STEPS)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
-HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan".split()  # without the limit's red
+HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's red
 COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
 COLOURS["marvel"] = "black"
 RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
@@ -43,6 +48,8 @@ CLAIMS = [  # (claim, what Marvel is compared with)
     ("... than JSRL", "jsrl"),
     ("... than PEX", "pex"),
     ("... than SO2", "so2"),
+    ("... than WSRL", "wsrl"),
+    ("... than CAL", "cal"),
     ("... than SAC-Lagrangian from scratch", "sac_lag"),
     ("... than behaviour cloning of the safe data", "bc_safe"),
 ]
@@ -70,6 +77,17 @@ def spread(values) -> str:
     return number(finite.mean()) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
+def ratio(successes: int, n: int) -> str:
+    """A share of seeds with its Wilson interval."""
+    low, high = measures.share(successes, n)
+    return f"{successes} of {n}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+
+
+def percent(values) -> str:
+    found = measures.finite(values)
+    return f"{found.mean():.0%}" if found.size else "-"
+
+
 def median(values) -> str:
     """Median over seeds, of which some may be infinite."""
     values = values[~np.isnan(values)]
@@ -87,7 +105,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def missing(present) -> list[str]:
     """A line that names the algorithms that are not in `present`."""
-    names = [NAMES[name] for name in ALGOS if name not in present]
+    names = [NAMES[name] for name in ALGOS if name not in present and name not in STEPS]
     return [f"Missing: {'; '.join(names)}.", ""] if names else []
 
 
@@ -135,6 +153,7 @@ def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
         "tasks": len(both),
         "seeds": sum(len(x.seeds) for x, _ in both.values()),
         "final": measures.improvement(final),
+        "over_tasks": measures.improvement(final, resample_tasks=True),
         "return": measures.improvement(returns),
         "regret": measures.improvement(regrets) if regrets else None,
         "equal": equal,
@@ -216,7 +235,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows, shown = [], []
     # The figure compares like with like: what ran on all tasks that every algorithm has, or else on the task that the most have.
     common = [env for env, task in tasks.items() if set(PLAIN) <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
-    for name in ALGOS:
+    for name in (name for name in ALGOS if name not in STEPS):
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
             continue
@@ -231,7 +250,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         if set(common) <= scores.keys():
             among = compared({env: tasks[env] for env in common}, "marvel", name) if name != "marvel" else {}
             shown.append((name, measures.iqm([scores[env] for env in common]), among.get("final")))
-        cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "return", "regret")]
+        cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "over_tasks", "return", "regret")]
         lost = sum(len(run.diverged) for run in runs.values())
         seeds = f"{len(runs)} ({sum(len(run.seeds) for run in runs.values())}{f', {lost} diverged' if lost else ''})"
         rows.append([NAMES[name], seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
@@ -241,7 +260,8 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "",
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
-        "violation regret), mean over tasks. 95% intervals, bootstrapped by task. Lines over other tasks are not comparable."
+        'violation regret), mean over tasks. 95% intervals: seeds resampled within each task; "tasks resampled": the tasks as '
+        "well. Lines over other tasks are not comparable; the tables per task follow below."
         f" The figure shows only what ran on all of {', '.join(common)}.",
         "",
         *markdown(
@@ -251,6 +271,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
                 "normalised return",
                 "tasks safe",
                 "P(Marvel better), final",
+                "tasks resampled",
                 "return",
                 "violation regret",
             ],
@@ -291,8 +312,46 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     ]
 
 
+def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
+    """What carries the results: one table of csvs.LADDER's rungs on the tasks that have any but the suite itself, and a figure."""
+    lines, shown = [], {}
+    for env, task in tasks.items():
+        rows = []
+        for rung, (what, *_) in csvs.LADDER.items():
+            for base, title in RUNGS.items():
+                run = task.get(f"{base}+{rung}".rstrip("+"))
+                if run is None:
+                    continue
+                found = alive(run)
+                within = found["cost"] <= run.cost_limit
+                rows.append([
+                    what, title, str(within.size), ratio(int(within.sum()), within.size), spread(found["return"]), spread(found["cost"]),
+                    spread(found["early_cost"]), spread(found["train_cost"]),
+                ])  # fmt: skip
+                shown.setdefault(env, {})[rung, base] = found
+        if len({row[0] for row in rows}) > 1:
+            header = "rung, algorithm, seeds, within the limit, return, cost, cost per training episode of the first fifth, of all"
+            lines += [f"**{env}**", "", *markdown(header.split(", "), rows)]
+        else:
+            shown.pop(env, None)
+    if not lines:
+        return []
+    draw_ladder(shown, folder / f"ladder{suffix}.png")
+    return [
+        "## What carries the results",
+        "",
+        "Rungs: what the suite adds to the paper's online phase, each alone and together, and three changes of what it starts from.",
+        "",
+        *lines,
+        f"![Cost of the first training episodes by rung](ladder{suffix}.png)",
+        "",
+        "Data: the commands under each task below; table and figure: `make report`.",
+        "",
+    ]
+
+
 def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
-    rows, best = [], best_safe_return(task)
+    rows, best, tried = [], best_safe_return(task), csvs.tries(folder)
     for name in [*ALGOS, *sorted(task.keys() - ALGOS.keys())]:
         run = task.get(name)
         if run is None:
@@ -301,23 +360,26 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         seeds = str(len(run.seeds) - len(run.diverged)) + (f" + {len(run.diverged)} diverged" if run.diverged else "")
         if not found["return"].size:
             first = min(run.diverged.values(), key=lambda row: row["gradient_steps"])
-            rows.append([NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 9])
+            rows.append([NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 13])
             continue
-        safe = found["cost"].mean() <= run.cost_limit
+        within = found["cost"] <= run.cost_limit
         soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
         episodes = measures.finite(found["training_episodes"])
         rows.append([
             NAMES.get(name, name), seeds, spread(found["offline_return"]), spread(found["offline_cost"]), spread(found["return"]),
-            f"**{spread(found['cost'])}**" if safe else spread(found["cost"]), spread(found["return"] / best),
-            spread(found["auc"]), spread(found["training_cost"]), spread(found["cost_rate"]), spread(found["regret"]),
-            f"{soon} of {number(episodes.max())}" if episodes.size else "-",
+            f"**{spread(found['cost'])}**" if found["cost"].mean() <= run.cost_limit else spread(found["cost"]),
+            ratio(int(within.sum()), within.size), percent(found["share_above"]), spread(found["worst_tenth"]),
+            spread(found["train_cost"]), spread(found["early_cost"]), spread(found["regret"]),
+            f"{soon} of {number(episodes.max())}" if episodes.size else "-", spread(found["auc"]), spread(found["return"] / best),
+            f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((ALGOS.get(name, (name,))[0], env), 0)}",
         ])  # fmt: skip
     any_run = next(iter(task.values()))
     limit = any_run.cost_limit
     example = next((r["command"] for run in task.values() for r in run.about.get("runs", ()) if r.get("command")), None)
     data = f"Data: `python {example}` and the like, all listed under Commands" if example else "Data: the CSVs in this folder"
-    header = "algorithm, seeds, offline return, offline cost, return, cost, normalised return, AUC, training cost, cost rate, "
-    header += "violation regret, episodes to safe / to stay safe"
+    header = "algorithm, seeds, offline return, offline cost, return, cost, seeds within the limit, episodes above it, worst tenth, "
+    header += "cost per training episode, of the first fifth, violation regret, episodes to safe / to stay safe, AUC, normalised return, "
+    header += "commit; settings tried"
     lines = [
         f"## {env}",
         "",
@@ -355,6 +417,31 @@ def commands(task: Task) -> list[str]:
         if not run.about:
             lines.append(f"  - unknown: no JSON beside {run.path.name}; configuration {run.rows[0]['config_hash']}")
     return [*lines, "", "</details>", ""]
+
+
+def settings_tried(folder: Path) -> list[str]:
+    """All rows of tried.csv, by task and script, in the order in which they were tried."""
+    rows = sorted(csvs.tried(folder), key=lambda row: (row["env"], row["algo"]))
+    if not rows:
+        return []
+    value = lambda row, key: number(float(row[key])) if row.get(key) else "-"
+    keys = "return cost worst_cost train_cost first_fifth offline_return offline_cost".split()
+    share = lambda row: f"{float(row['share_safe']):.0%}" if row.get("share_safe") else "-"
+    cells = [
+        [row["env"], f"`{row['algo']} {row['arguments']}`", row["seeds"], share(row), *(value(row, key) for key in keys)] for row in rows
+    ]
+    header = "task, script and arguments, seeds, within the limit, return, cost, largest cost of a seed, cost per training episode, "
+    header += "of the first fifth, offline return, offline cost"
+    return [
+        "# Settings tried",
+        "",
+        "On the seeds that settings are chosen on. Means over seeds of the last evaluation. What is not named is the default of that time: "
+        "`tried.csv` has the commits; a `+` means that files differed from it.",
+        "",
+        *markdown(header.split(", "), cells),
+        "Data: `python results/tune.py TRIES.txt`; table: `make report`.",
+        "",
+    ]
 
 
 # ---------------------------------------------------------------- figures
@@ -469,6 +556,30 @@ def draw_aggregate(shown: list[tuple], path: Path) -> bool:
     return save(figure, path)
 
 
+def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
+    """Per task and rung: cost per training episode in the first fifth, means and intervals over seeds."""
+    figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 2.8 * len(shown), 3.6), sharey=True, squeeze=False)
+    rungs = list(csvs.LADDER)
+    for axis, (env, found) in zip(axes[0], shown.items()):
+        for i, (base, title) in enumerate(RUNGS.items()):
+            for rung in rungs:
+                if (rung, base) not in found:
+                    continue
+                values, row = found[rung, base]["early_cost"], rungs.index(rung) + 0.2 * (2 * i - 1)
+                low, high = measures.interval(values)
+                axis.plot([low, high], [row, row], color=f"C{i}", lw=4, alpha=0.35, solid_capstyle="butt")
+                axis.plot([np.mean(values)], [row], "o", color=f"C{i}", ms=4, label=title if rung == "" else None)
+        axis.axvline(csvs.LIMIT, color="red", lw=1, ls="--")
+        axis.set_xscale("symlog", linthresh=csvs.LIMIT)
+        axis.set_xlim(left=0)
+        axis.set_title(env, fontsize=8)
+        axis.set_xlabel("cost per training episode,\nfirst fifth", fontsize=8)
+    axes[0, 0].set_yticks(range(len(rungs)), [what for what, *_ in csvs.LADDER.values()], fontsize=8)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncol=2, fontsize=8, frameon=False)
+    return save(figure, path, top=0.93)
+
+
 def draw_alignment(tasks: dict[str, Task], path: Path) -> bool:
     """Rank correlations before and after pre-alignment of every seed of Marvel, and their means."""
     shown = {env: task["marvel"] for env, task in tasks.items() if "marvel" in task and rank_changes({env: task}, "rank_q_policy")}
@@ -500,51 +611,66 @@ def report(folder: Path) -> str:
         "# Results", "",
         "Written by `make report` from the CSV and JSON files in these folders; edit nothing here. `make sweep` runs what is",
         "missing, `make diff` compares fresh runs with these, `make accept` puts them here.", "",
-        "Intervals are 95% bootstraps over seeds, widened for few of them (`results/measures.py`). Per seed:", "",
+        f"Settings are chosen on seeds 0 to {csvs.CHOSEN_ON[-1]} (`results/tune.py`; each try is a line of `tried.csv`) and reported on",
+        f"seeds from {csvs.UNSEEN} on. The two never share a table. The last column names the commit that a row was run with, which froze",
+        "its settings, and the number of settings that were tried for this script on this task.", "",
+        "Intervals are 95% studentised bootstraps over seeds (`results/measures.py`), of shares of seeds Wilson's. Per seed:", "",
         *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
         "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
         "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, and losing every comparison", "",
     ]  # fmt: skip
     limits = sorted({run.cost_limit for run in runs.values()}, key=lambda limit: (limit != csvs.LIMIT, limit))
-    for limit in limits:
-        suffix = csvs.stem("", limit)
-        present = {run.env for run in runs.values() if run.cost_limit == limit}
+    any_unseen = any(run.unseen for run in runs.values())
+    if not any_unseen:
+        lines += [f"There are no results of seeds from {csvs.UNSEEN} on yet.", ""]
+    for limit, unseen in [(limit, unseen) for unseen in (True, False) for limit in limits]:
+        suffix = csvs.stem("", limit) + ("" if unseen or not any_unseen else "-chosen")
+        chosen = {key: run for key, run in runs.items() if run.cost_limit == limit and run.unseen == unseen}
+        present = {run.env for run in chosen.values()}
+        if not present:
+            continue
         envs = [env for env in ENVS if env in present] + sorted(present - set(ENVS))
         order = {name: i for i, name in enumerate(ALGOS)}
-        of_env = lambda env: sorted(
-            (r for r in runs.values() if (r.env, r.cost_limit) == (env, limit)), key=lambda r: order.get(r.name, 99)
-        )
+        of_env = lambda env: sorted((r for r in chosen.values() if r.env == env), key=lambda r: order.get(r.name, 99))
         tasks = {env: {run.name: run for run in of_env(env)} for env in envs}
-        if limit != csvs.LIMIT:
-            lines += [f"# Cost limit {limit:g}", ""]
+        if limit != csvs.LIMIT or not unseen:
+            lines += [f"# Cost limit {limit:g}" + ("" if unseen else ", seeds on which settings may have been chosen"), ""]
         absent = [env for env in ENVS if env not in present]
         if absent:
             lines += [f"Of the core suite, there are no results of {', '.join(absent)} at limit {limit:g}.", ""]
-        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + alignment(tasks, folder, suffix)
+        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + ladder(tasks, folder, suffix) + alignment(tasks, folder, suffix)
         for env, task in tasks.items():
             lines += section(env, task, folder, suffix)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines + settings_tried(folder)).rstrip() + "\n"
+
+
+def reported(folder: Path) -> tuple[dict[tuple, Run], str]:
+    """Runs at the usual limit on unseen seeds, or else on those that settings may have been chosen on, with a line that says so."""
+    runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
+    unseen = {key: run for key, run in runs.items() if run.unseen}
+    warning = "On seeds on which settings may have been chosen:\n\n"
+    return (unseen, "") if unseen else (runs, warning if runs else "")
 
 
 def summary(folder: Path) -> str:
-    """One line per algorithm: by task, return / cost at the end, and the cost of all training episodes."""
-    runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
-    tasks = [env for env in ENVS if {name for task, name, _ in runs if task == env} >= set(PLAIN)]
+    """One line per algorithm: by task, return / cost at the end, and the cost per training episode."""
+    runs, note = reported(folder)
+    tasks = [env for env in ENVS if (env, "marvel", csvs.LIMIT) in runs]
     header, rows = ["algorithm"], []
     for env in tasks:
-        header += [env, "training cost"]
-    for name in ALGOS:
+        header += [env, "per training episode"]
+    for name in (name for name in ALGOS if name not in STEPS):
         rows.append([NAMES[name]])
         for env in tasks:
             found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None
             rows[-1] += [" / ".join(number(found[key].mean()) for key in ("return", "cost")) if found else "-"]
-            rows[-1] += [number(found["training_cost"].mean()) if found else "-"]
-    return "\n".join(markdown(header, rows))
+            rows[-1] += [number(found["train_cost"].mean()) if found else "-"]
+    return note + "\n".join(markdown(header, rows))
 
 
 def overview(folder: Path) -> str:
     """By task, for the offline policy, Marvel and naive finetuning: the share of seeds within the limit, and the mean return."""
-    runs = {key: run for key, run in csvs.baselines(folder).items() if run.cost_limit == csvs.LIMIT}
+    runs, note = reported(folder)
     names = ("cpq", "marvel", "naive_o2o")
     rows = []
     for env in ENVS:
@@ -553,10 +679,10 @@ def overview(folder: Path) -> str:
         row = [env]
         for name in names:
             found = alive(runs[env, name, csvs.LIMIT])
-            row += [f"{int((found['cost'] <= csvs.LIMIT).sum())} of {found['cost'].size}", number(found["return"].mean())]
+            row += [ratio((found["cost"] <= csvs.LIMIT).sum(), found["cost"].size), number(found["return"].mean())]
         rows.append(row)
     header = ["task", "offline: safe", "return", "Marvel: safe", "return", "naive finetuning: safe", "return"]
-    return "\n".join(markdown(header, rows))
+    return note + "\n".join(markdown(header, rows))
 
 
 MARKS = "<!-- made by `make report` -->\n", "<!-- until here -->\n"

@@ -136,7 +136,7 @@ def plan(options) -> tuple[list[Job], int, set]:
                 words |= csvs.words(ALGOS[name][1])  # last: they are what the name means
                 have = done_seeds(env, name, words, options.runs)
                 made |= offline(env, name, limit, have)
-                missing = [seed for seed in range(options.seeds) if seed not in have]
+                missing = [seed for seed in range(options.first_seed, options.first_seed + options.seeds) if seed not in have]
                 done += not missing
                 for seeds in _consecutive(missing, options.seeds_per_job or options.seeds):
                     jobs.append(Job(env, name, limit, seeds, tuple(words.items()), options.scripts, options.runs))
@@ -354,7 +354,10 @@ def parse(arguments: list[str]):
     parser = csvs.Parser("Runs what is missing. @FILE reads arguments from a file, one a line.")
     parser.add_argument("--envs", nargs="+", default=csvs.ENVS, help="tasks (default: the core suite)")
     parser.add_argument("--algos", nargs="+", default=list(ALGOS), metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS-1 (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help=f"the first of them (default 0; results are reported from {csvs.UNSEEN} on)"
+    )
     parser.add_argument("--limits", nargs="+", type=float, default=[csvs.LIMIT], metavar="LIMIT", help="cost limits (default 20)")
     parser.add_argument("--args", default="", help="further arguments of every job, as one string")
     parser.add_argument(
@@ -382,7 +385,7 @@ def parse(arguments: list[str]):
     for flag in ("seeds", "parallel"):
         if getattr(options, flag) < 1:
             parser.error(f"--{flag} {getattr(options, flag)}: must be positive")
-    for flag in ("seeds_per_job", "cpus", "gpus", "retries"):
+    for flag in ("first_seed", "seeds_per_job", "cpus", "gpus", "retries"):
         if getattr(options, flag) < 0:
             parser.error(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must not be negative")
     for entry in options.args_for:

@@ -27,10 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import csvs
-from results.csvs import ROOT, BadInput, Run
+from results.csvs import CHOSEN_ON, ROOT, BadInput, Run
 
 TRIED = ROOT / "results" / "tried.csv"
-CHOSEN_ON = range(10)  # the other seeds are for reporting
 COLUMNS = (
     "algo env arguments seeds share_safe return cost worst_cost train_cost first_fifth offline_return offline_cost diverged minutes commit"
 ).split()

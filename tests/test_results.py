@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -245,16 +246,44 @@ def test_regret_does_not_depend_on_how_training_episodes_are_grouped_below_the_b
     assert a["regret"] == b["regret"] == 0 and a["training_cost"] == b["training_cost"] == 200
 
 
-def test_intervals_hold_what_they_promise():
-    """Coverage of the 95% interval of the mean of 5 normal values: at least 92% (a plain percentile bootstrap has about 83%)."""
-    rng = np.random.default_rng(1)
-    inside = []
-    for _ in range(400):
-        low, high = measures.interval(rng.standard_normal(5))
-        inside.append(low <= 0 <= high)
+@pytest.mark.parametrize("n", [5, 10, 20])
+@pytest.mark.parametrize("skewed", [False, True], ids=["normal", "lognormal"])
+def test_intervals_cover_the_mean(n, skewed):
+    """At least 90% of the 95% intervals, of skewed values too (sigma 1: Student's t covers 80%, 84%, 87%); less what 1,000 draws allow."""
+    rng, mean = np.random.default_rng(1), math.exp(0.5) if skewed else 0.0
+    draw = (lambda: rng.lognormal(size=n)) if skewed else (lambda: rng.standard_normal(n))
+    inside = [low <= mean <= high for low, high in (measures.interval(draw()) for _ in range(1000))]
+    assert np.mean(inside) > 0.90 - 2 * math.sqrt(0.9 * 0.1 / 1000)
+
+
+def test_intervals_of_differences_cover_them():
+    rng = np.random.default_rng(2)
+    draws = [(rng.standard_normal(10), 3 + 2 * rng.standard_normal(5)) for _ in range(500)]
+    inside = [low <= 3 <= high for low, high in (measures.difference(a, b) for a, b in draws)]
     assert np.mean(inside) > 0.92
+
+
+def test_intervals_of_few_or_equal_values():
     assert measures.interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
     assert all(map(math.isnan, measures.interval([3.0, math.nan])))
+    assert measures.difference([1.0, 1.0], [3.0, 3.0]) == (2.0, 2.0)
+    low, high = measures.interval([0.0, 0.0, 0.0, 0.0, 100.0])
+    assert low < 20 < high < math.inf
+
+
+def test_wilson_interval_of_a_share():
+    """9 of 10, by the formula: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    z, n, p = 1.959964, 10, 0.9
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert measures.share(9, 10) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)), rel=1e-6)
+    assert measures.share(10, 10)[1] == 1 and all(map(math.isnan, measures.share(0, 0)))
+
+
+def test_resampling_tasks_widens_the_interval():
+    """Two tasks that disagree wholly: by seeds alone nothing varies, by tasks everything does."""
+    tasks = [(np.ones(5), np.zeros(5)), (np.zeros(5), np.ones(5))]
+    assert measures.improvement(tasks) == (0.5, 0.5, 0.5)
+    assert measures.improvement(tasks, resample_tasks=True) == (0.5, 0.0, 1.0)
 
 
 def test_aggregates_worked_out_by_hand():
@@ -446,20 +475,74 @@ def test_report_reads_whatever_is_present(tmp_path):
     csvs.write(csvs.Run(offline.path, "cpq", [r for r in offline.rows if r["phase"] == "offline"], {}), tmp_path)
     (tmp_path / ENV / "cpq.json").unlink()
     text = report.report(tmp_path)
-    assert "| CPQ (offline) | 1 | 500 | 30 | 500 | 30 | - | - | - | - | - | - |" in text and "unknown: no JSON beside cpq.csv" in text
+    assert (
+        "| CPQ (offline) | 1 | 500 | 30 | 500 | 30 | 0 of 1 [0.00, 0.79] | - | - | - | - | - | - | - | - | 00000000; 0 |" in text
+        and "unknown: no JSON beside cpq.csv" in text
+    )
     with pytest.raises(csvs.BadInput, match="no ENV/ALGO.csv"):
         report.report(tmp_path / "empty")
 
 
-def test_summary_has_the_tasks_on_which_every_algorithm_was_run(tmp_path):
+def test_summary_has_the_tasks_on_which_marvel_was_run(tmp_path):
     for name in report.PLAIN:
         csvs.write(make_run(name, final=700.0, cost=10.0, train_cost=15.0, noise=0.0), tmp_path)
-    csvs.write(make_run("marvel", env="SafetyCarRun"), tmp_path)
-    lines = report.summary(tmp_path).splitlines()
-    assert lines[0] == f"| algorithm | {ENV} | training cost |"
-    assert "| Marvel | 700 / 10 | 750 |" in lines  # 50 episodes
+    csvs.write(make_run("naive_o2o", env="SafetyCarRun"), tmp_path)
+    warning, _, *lines = report.summary(tmp_path).splitlines()
+    assert warning == "On seeds on which settings may have been chosen:"
+    assert lines[0] == f"| algorithm | {ENV} | per training episode |"
+    assert "| Marvel | 700 / 10 | 15 |" in lines
     assert "| Marvel, plain fitted Q | - | - |" in lines  # a control that was not run
-    assert len(lines) == 2 + len(report.ALGOS)
+    assert len(lines) == 2 + len(report.ALGOS.keys() - report.STEPS)
+
+
+def on_seeds(run, first):
+    """The run with its seeds renumbered from `first` on."""
+    return replace(run, rows=[row | {"seed": row["seed"] + first} for row in run.rows])
+
+
+def test_unseen_seeds_never_share_a_table_with_those_that_settings_were_chosen_on(tmp_path):
+    csvs.write(make_run("naive_o2o"), tmp_path)
+    csvs.write(on_seeds(make_run("marvel"), 100), tmp_path)
+    text = report.report(tmp_path)
+    unseen, chosen = text.split("# Cost limit 20, seeds on which settings may have been chosen")
+    assert "| Marvel | 5 |" in unseen and "| naive finetuning | 5 |" not in unseen
+    assert "| Marvel | 5 |" not in chosen and "| naive finetuning | 5 |" in chosen
+    assert "On seeds" not in report.summary(tmp_path)
+    mixed = make_run("marvel")
+    mixed = replace(mixed, rows=mixed.rows + on_seeds(mixed, 100).rows)
+    with pytest.raises(csvs.BadInput, match="report seeds from 100 on apart"):
+        assert mixed.unseen
+    with pytest.raises(csvs.BadInput, match="delete it first"):
+        diff.accept({mixed.key: make_run("marvel")}, {mixed.key: on_seeds(make_run("marvel"), 100)}, tmp_path)
+
+
+def test_the_ladder_shows_the_rungs_that_were_run(tmp_path):
+    """And only where there is more than the suite itself."""
+    csvs.write(make_run("marvel", final=700.0, noise=0.0), tmp_path)
+    assert "What carries" not in report.report(tmp_path)
+    csvs.write(make_run("marvel+bare", final=600.0, train_cost=40.0, noise=0.0), tmp_path)
+    csvs.write(make_run("naive_o2o+apid+blind", cost=30.0, noise=0.0), tmp_path)
+    table = report.report(tmp_path).split("## What carries the results")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == ["Marvel", "Marvel", "naive finetuning, adaptive PID"]
+    assert rows[0][0].startswith("| bare") and rows[0][4] == "600 [600, 600]" and rows[0][6][:2] == rows[0][7][:2] == "40"
+    assert rows[2][3] == "0 of 5 [0.00, 0.43]" and (tmp_path / "ladder.png").exists()
+
+
+def test_a_flag_without_value_names_a_variant():
+    assert csvs.variant("marvel", {"privileged_critic": False}) == "marvel+blind"
+    assert csvs.variant("marvel", {"privileged_critic": True, "lagrangian": "apid"}) == "marvel"
+    assert csvs.variant("naive_o2o", {"privileged_critic": False, "lagrangian": "apid"}) == "naive_o2o+apid+blind"
+
+
+def test_a_row_says_how_many_settings_were_tried(tmp_path):
+    csvs.write(make_run("marvel"), tmp_path)
+    head, rest = "algo,env,arguments,seeds,share_safe,return,cost", ",--reserve 0,0-9,0.9,700,"
+    tried = [f"{algo},{env}{rest}{i}" for i, (algo, env) in enumerate([("marvel", ENV), ("marvel", ENV), ("marvel", "X"), ("cpq", ENV)])]
+    (tmp_path / "tried.csv").write_text("\n".join([head, *tried, ""]))
+    table = report.report(tmp_path).split("# Settings tried")[1]
+    assert table.count("`marvel --reserve 0`") == 3 and f"| {ENV} | `cpq --reserve 0` | 0-9 | 90% | 700 | 3 | - |" in table
+    assert "; 2 |" in next(line for line in report.report(tmp_path).splitlines() if line.startswith("| Marvel | 5 |"))
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
