@@ -96,15 +96,15 @@ def bear_critic_loss(critics, params: dict, targets, batch: Batch, key, networks
     action, _ = sample_action(key, jnp.broadcast_to(mean, draws), jnp.broadcast_to(log_std, draws))
     next_qs = networks.reward.apply(targets["reward"], next_obs, action)
     next_q = jnp.max(args.minimum_weight * jnp.min(next_qs, 0) + (1 - args.minimum_weight) * jnp.max(next_qs, 0), 0)
-    next_qc = jnp.mean(networks.qc(targets, next_obs, action), 0)
+    next_qc = jnp.mean(networks.qcs(targets, next_obs, action), 1)
     next_qc = jnp.clip(next_qc, 0.0, max_qc) if args.clip_cost_target else next_qc
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
     cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
     q = networks.reward.apply(critics["reward"], batch.obs, batch.action)
-    qc = networks.qc(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
+    qc = networks.qcs(critics, batch.obs, batch.action)
+    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info

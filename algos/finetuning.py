@@ -147,6 +147,11 @@ def anchor_weight(n, args: OnlineArgs):
     return args.anchor_weight * jnp.maximum(args.anchor_floor, 1.0 - n / (args.anchor_decay * args.iterations))
 
 
+def freeze_all(new: Learner, old: Learner, frozen) -> Learner:
+    """`old` where `frozen`, else `new`."""
+    return jax.tree.map(partial(jnp.where, frozen), old, new)
+
+
 def freeze_actor(new: Learner, old: Learner, frozen) -> Learner:
     """`new`, but with the actor of `old` and its optimiser's state where `frozen`."""
     keep = lambda new, old: new | {"actor": jax.tree.map(partial(jnp.where, frozen), old["actor"], new["actor"])}
@@ -154,8 +159,9 @@ def freeze_actor(new: Learner, old: Learner, frozen) -> Learner:
 
 
 def train_online(
-    learner: Learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, n, step: Callable, args
-):
+    learner: Learner, multiplier: Multiplier, replay: Replay, data: Batch, new: Batch, ended: Episodes, key, n,
+    step: Callable, freeze: Callable, args,
+):  # fmt: skip
     """Iteration n: inserts what was collected, moves the multiplier by the episodes that ended, takes `updates_per_iter` steps."""
     replay = insert(replay, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new))
     multiplier = update_multiplier(multiplier, ended.means()["cost"], args)
@@ -169,7 +175,7 @@ def train_online(
             rest = sample(key_offline, data, args.batch_size - args.batch_size // 2, data.reward.shape[0])
             batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), half, rest)
         after, info = step(learner, multiplier.value, anchor_weight(n, args), batch, key_step)
-        return freeze_actor(after, learner, n <= args.actor_warmup), info
+        return freeze(after, learner, n <= args.actor_warmup), info
 
     learner, info = jax.lax.scan(one, learner, jax.random.split(key, args.updates_per_iter))
     return learner, multiplier, replay, jax.tree.map(jnp.mean, info)
@@ -183,6 +189,8 @@ def finetune(
     evaluated: Callable,
     curriculum: Any = (),
     advance: Callable | None = None,
+    freeze: Callable = freeze_actor,
+    optimizers: dict | None = None,
 ) -> dict:
     """The online phase; (seeds, ...) parameters after it, with the last "multiplier" beside them.
 
@@ -192,9 +200,11 @@ def finetune(
       behaviour: (params, multiplier, curriculum) -> policy(obs, key, elapsed) that collects episodes.
       evaluated: (params, multiplier) -> policy(obs, key) that evaluations show.
       curriculum, advance: what the behaviour depends on beside them, and (curriculum, means of the episodes, n) -> curriculum.
+      freeze: (learner after a step, before it, whether the actor waits) -> learner; the multiplier moves meanwhile.
+      optimizers: of further entries of `params`.
     """
     args, log, env, before = run.args, run.log, run.env, run.log.steps_before("online")
-    networks, optimizers = training.make_networks(args, env), make_optimizers(args)
+    networks, optimizers = training.make_networks(args, env), make_optimizers(args) | (optimizers or {})
     step = partial(step, networks=networks, optimizers=optimizers, args=args)
     learner = vmap_seeds(partial(training.init_learner, optimizers=optimizers))(params)
     per_iter = args.episodes_per_iter * env.horizon
@@ -207,7 +217,7 @@ def finetune(
             rollout, behaviour(params, multiplier, curriculum), key, env, env.horizon
         )
     )
-    train = vmap_seeds(partial(train_online, step=step, args=args), (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
+    train = vmap_seeds(partial(train_online, step=step, freeze=freeze, args=args), (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
     show = training.make_evaluator(run, evaluated)
     evaluate_after = training.evaluation_blocks(args.iterations, args.evals)
     advance = vmap_seeds(advance, (0, 0, None)) if advance else lambda curriculum, episodes, n: curriculum
@@ -220,11 +230,12 @@ def finetune(
         rollout, new, ended = gather(learner.params, multiplier.value, curriculum, rollout, run.keys("collect", n))
         curriculum = advance(curriculum, ended.means(), n)
         learner, multiplier, replay, info = train(learner, multiplier, replay, run.data, new, ended, run.keys("online", n), n)
-        kp, ki, kd = multiplier.gains.T
-        log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+        gains = dict(zip(("kp", "ki", "kd"), multiplier.gains.T, strict=True))
+        columns = {"multiplier": multiplier.value} | gains | info  # a step that has a multiplier of its own reports it
+        log.log("online", "train", **steps, **ended.means(), **columns)
         if n in evaluate_after:
             policy = learner.params, multiplier.value
-            show("online", policy, steps["gradient_steps"], n == args.iterations, **steps, multiplier=multiplier.value)
+            show("online", policy, steps["gradient_steps"], n == args.iterations, **steps, multiplier=columns["multiplier"])
         return learner, multiplier, replay, rollout, curriculum
 
     carry = (learner, multiplier, replay, rollout, curriculum)

@@ -61,9 +61,10 @@ COLUMNS = (
 RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
-    "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile".split()
+    "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile "
+    "gate_quantile cost_pessimism rectification".split()
 )
-INFINITE_ALLOWED = {"cost_limit", "max_multiplier", "checkpoint_seconds"}
+INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -106,20 +106,32 @@ class VAE(nn.Module):
 
 
 class Networks(NamedTuple):
-    """The networks of one configuration; `reward` is an ensemble whose minimum counts, `cost` an ensemble of one."""
+    """The networks of one configuration; `reward` is an ensemble whose minimum counts, `cost` one whose pessimistic mean does."""
 
     actor: Actor
     reward: Ensemble
     cost: Ensemble
     vae: VAE
+    cost_pessimism: float = 0.0  # k: Qc = mean_i Qc_i + k std_i Qc_i
 
     def q(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
         """min_i Q_i (...,)."""
         return jnp.min(self.reward.apply(critics["reward"], obs, action), 0)
 
+    def qcs(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
+        """Qc_i (cost critics, ...)."""
+        return self.cost.apply(critics["cost"], obs, action)
+
+    def pessimistic(self, qcs: jax.Array) -> jax.Array:
+        """Qc_i (cost critics, ...) -> mean_i Qc_i + k std_i Qc_i (...,): an upper bound where the critics disagree (CAL)."""
+        if self.cost.size == 1:
+            return qcs[0]
+        variance = jnp.var(qcs, 0, ddof=1)
+        return qcs.mean(0) + self.cost_pessimism * jnp.sqrt(jnp.maximum(variance, 1e-12))  # sqrt has no gradient at 0
+
     def qc(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
-        """Qc (...,)."""
-        return self.cost.apply(critics["cost"], obs, action)[0]
+        """Qc (...,), pessimistic."""
+        return self.pessimistic(self.qcs(critics, obs, action))
 
 
 def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -88,13 +88,13 @@ def pex_critic_loss(critics, params: dict, targets, multiplier, batch: Batch, ke
     """Soft Bellman errors of both critics under the expanded policy."""
     action, log_prob = expanded_policy(params, targets, multiplier, batch.next_obs, key, networks, args.temperature)
     next_q = networks.q(targets, batch.next_obs, action) - args.entropy_weight * log_prob
-    next_qc = networks.qc(targets, batch.next_obs, action)
+    next_qc = networks.qcs(targets, batch.next_obs, action)
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
     cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
-    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qc(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
+    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qcs(critics, batch.obs, batch.action)
+    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info
@@ -157,7 +157,7 @@ def replay_checkpoint(args: Args) -> None:
         env = envs.make(meta["env"], args.backend, privileged=True)
     limit = meta["config"].get("cost_limit", args.cost_limit)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
-    own |= {name: meta["config"].get(name, True) for name in ("symlog", "layer_norm")}
+    own |= {name: meta["config"].get(name, getattr(args, name)) for name in ("cost_critics", "cost_pessimism", "symlog", "layer_norm")}
     args = replace(args, **own)
     networks = training.make_networks(args, env)
     shapes = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size + env.privileged_size))

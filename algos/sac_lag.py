@@ -108,13 +108,13 @@ def critic_loss(critics, params: dict, targets, batch: Batch, key, networks: Net
     action, log_prob = sample_action(key, *networks.actor.apply(params["actor"], batch.next_obs))
     entropy_bonus = -jnp.exp(params["log_alpha"]) * log_prob
     next_q = networks.q(targets, batch.next_obs, action) + entropy_bonus
-    next_qc = networks.qc(targets, batch.next_obs, action)
+    next_qc = networks.qcs(targets, batch.next_obs, action)
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
     cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
-    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qc(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
+    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qcs(critics, batch.obs, batch.action)
+    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info

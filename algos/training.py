@@ -91,6 +91,10 @@ class NetworkArgs(ActorArgs):
     """LayerNorm after each hidden layer of the critics (paper, release: none)"""
     num_critics: int = 2
     """reward critics; the minimum counts"""
+    cost_critics: int = 1
+    """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4)"""
+    cost_pessimism: float = 0.5
+    """k of mean + k std of several cost critics (CAL: 0.5)"""
     privileged_critic: bool = True
     """let the critics see what the cost depends on but the observation lacks (Run: x), where it is known (paper, release: no)"""
     gamma: float = 0.99
@@ -154,8 +158,9 @@ def make_networks(args, env: envs.Env) -> Networks:
     return Networks(
         Actor(args.hidden, env.obs_size, env.action_size, args.symlog),
         Ensemble(args.num_critics, args.hidden, args.symlog, args.layer_norm),
-        Ensemble(1, args.hidden, args.symlog, args.layer_norm),
+        Ensemble(args.cost_critics, args.hidden, args.symlog, args.layer_norm),
         VAE(vae_hidden, env.obs_size, env.action_size, args.symlog),
+        args.cost_pessimism,
     )
 
 
@@ -372,7 +377,7 @@ def train_on_dataset(learner, data: tuple[Batch, ...], key, step: Callable, batc
 COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog offline_steps offline_batch_size offline_actor_lr".split()
 COMMON_RECIPE += "offline_actor_schedule offline_evals eval_episodes final_eval_rounds eval_policy".split()
 CRITIC_RECIPE = "layer_norm num_critics privileged_critic gamma tau reward_scale termination_cost offline_critic_lr".split()
-CRITIC_RECIPE += "clip_cost_target vae_hidden vae_beta".split()
+CRITIC_RECIPE += "cost_critics cost_pessimism clip_cost_target vae_hidden vae_beta".split()
 
 
 def pretrain(

@@ -27,6 +27,8 @@ TINY = {
     "jsrl": ONLINE,
     "pex": ONLINE,
     "so2": ONLINE,
+    "wsrl": ONLINE + " --num-critics 3",
+    "cal": ONLINE,
     "bc_safe": OFFLINE,
     "bear_lag": OFFLINE + " --vae-hidden 32",
     "sac_lag": "--env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 32",
@@ -37,7 +39,7 @@ ENDS = {  # algo -> (phases, gradient steps, environment steps)
     "bear_lag": (["offline"], 500, 0),
     "marvel": (["offline", "vpa", "online"], 500 + 500 + 2 * 20, 2 * 5 * 500),
     "sac_lag": (["online"], 80, 2560),
-} | {name: (["offline", "online"], 500 + 2 * 20, 2 * 5 * 500) for name in ("naive_o2o", "jsrl", "pex", "so2")}
+} | {name: (["offline", "online"], 500 + 2 * 20, 2 * 5 * 500) for name in ("naive_o2o", "jsrl", "pex", "so2", "wsrl", "cal")}
 
 
 def script(algo, words, runs, cwd, devices=1):

@@ -128,7 +128,7 @@ def solve(algo, blocks=600, limit=LIMIT, **changes):
         rollout, new, ended = collect(rollout, policy, key_collect, env, 1)
         if algo is marvel:
             learner, multiplier, replay, _ = finetuning.train_online(
-                learner, multiplier, replay, replay.data, new, ended, key_learn, 1, step, args
+                learner, multiplier, replay, replay.data, new, ended, key_learn, 1, step, finetuning.freeze_actor, args
             )
         else:
             learner, multiplier, replay, pending, _ = sac_lag.train_online(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import bear_lag, cpq, finetuning, jsrl, marvel, naive_o2o, pex, sac_lag, so2, training
+from algos import bear_lag, cal, cpq, finetuning, jsrl, marvel, naive_o2o, pex, sac_lag, so2, training, wsrl
 from algos.lagrangian import init_multiplier
 from algos.networks import Networks, sample_action
 from data.replay import Replay, empty_replay
@@ -20,7 +20,7 @@ from tests import probes
 
 STEP = {  # what takes a gradient step
     marvel: marvel.online_step, naive_o2o: naive_o2o.online_step, jsrl: jsrl.online_step, pex: pex.pex_step, so2: so2.so2_step,
-    sac_lag: sac_lag.online_step, cpq: cpq.cpq_step, bear_lag: bear_lag.bear_step,
+    wsrl: wsrl.wsrl_step, cal: cal.cal_step, sac_lag: sac_lag.online_step, cpq: cpq.cpq_step, bear_lag: bear_lag.bear_step,
 }  # fmt: skip
 
 
@@ -38,6 +38,8 @@ def bound(algo, networks, optimizers, args, horizon):
     step = partial(STEP[algo], networks=networks, optimizers=optimizers, args=args)
     if algo is cpq:
         return partial(step, limits=cpq.thresholds(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
+    if algo is cal:
+        return partial(step, threshold=cpq.thresholds((1 - args.reserve) * args.cost_limit, args.gamma, horizon)[0])
     if algo is bear_lag:
         return partial(step, q_thres=bear_lag.cost_threshold(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
     return step
@@ -57,6 +59,7 @@ def made(algo, env, rates, critics=None, **wanted):
     args = algo.Args(**{k: v for k, v in wanted.items() if k in algo.Args.__dataclass_fields__})
     networks = training.make_networks(args, env)._replace(**(critics or {}))
     starts = {cpq: ("log_dual", "init_dual"), bear_lag: ("log_duals", "init_duals"), sac_lag: ("log_alpha", "init_temperature")}
+    starts[cal] = ("log_multiplier", "init_multiplier")
     shapes, rng = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size)), np.random.default_rng(0)
     weight = lambda path, x: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[-2]) if path[-1].key == "kernel" else np.zeros(x.shape))
     params = jax.tree_util.tree_map_with_path(weight, shapes)
@@ -120,7 +123,8 @@ def fitted(algo, data, steps=1000, **changes):
         replay = Replay(jax.tree.map(jnp.zeros_like, rows), jnp.int32(0))
         if algo is sac_lag:
             return algo.train_online(learner, multiplier, replay, ended, new, ended, key, fixed.step, fixed.args)[0]
-        return finetuning.train_online(learner, multiplier, replay, rows, new, ended, key, 1, fixed.step, fixed.args)[0]
+        freeze = finetuning.freeze_actor
+        return finetuning.train_online(learner, multiplier, replay, rows, new, ended, key, 1, fixed.step, freeze, fixed.args)[0]
 
     critics = jax.jit(jax.vmap(learn, (None, 0)))(learner, data).params["critics"]
     apply = jax.jit(lambda c, *x: (fixed.networks.reward.apply(c["reward"], *x), fixed.networks.qc(c, *x)))
@@ -202,7 +206,7 @@ COMMON = dict(
     updates_per_iter=4, updates_per_block=4, lagrangian="apid", kp=0.5, ki=0.05, kd=0.1, max_multiplier=10.0, entropy_weight=ENTROPY,
     anchor_weight=0.0, actor_warmup=0, init_temperature=ENTROPY,
 )  # fmt: skip
-RATES = {"actor": 3e-3, "critics": 2e-2, "vae": 3e-3, "log_duals": 1e-2}
+RATES = {"actor": 3e-3, "critics": 2e-2, "vae": 3e-3, "log_duals": 1e-2, "log_multiplier": 1e-2}
 
 
 class Quadratic:
@@ -256,10 +260,11 @@ def run_online(algo, iterations=500, seed=2, **changes):
             )
         else:
             learner, multiplier, replay, _ = finetuning.train_online(
-                learner, multiplier, replay, replay.data, new, ended, key_learn, n, fixed.step, args
+                learner, multiplier, replay, replay.data, new, ended, key_learn, n, fixed.step, finetuning.freeze_actor, args
             )
         means = jnp.tanh(fixed.networks.actor.apply(learner.params["actor"], X[:, None])[0][:, 0])
-        return (learner, multiplier, replay, rollout, extra), (means, ended.means()["cost"], multiplier.value)
+        own = jnp.exp(learner.params["log_multiplier"]) if algo is cal else multiplier.value
+        return (learner, multiplier, replay, rollout, extra), (means, ended.means()["cost"], own)
 
     carry = (learner, init_multiplier(args), replay, start_rollout(jax.random.key(1), env, 64), extra)
     steps = (jnp.arange(1, iterations + 1), jax.random.split(jax.random.key(seed), iterations))
