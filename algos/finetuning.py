@@ -78,12 +78,11 @@ class FinetuneArgs(
 
 # ---------------------------------------------------------------- presets: whole configurations
 
-_SLOW_GAINS = dict(kp=0.002, ki=0.0002, kd=0.001)
 SUITE: dict[str, dict] = {  # per task, where the defaults do not do; the same for every algorithm
     "SafetyAntRun": cpq.SUITE["SafetyAntRun"]
-    | dict(iterations=160, updates_per_iter=600, batch_size=256, actor_lr=3e-4, max_multiplier=2.0, **_SLOW_GAINS),
-    "SafetyCarRun": cpq.SUITE["SafetyCarRun"] | _SLOW_GAINS,  # Marvel at the default gains: 825 / 20, at these 822 / 14
-    "SafetyPointRun": _SLOW_GAINS,  # Marvel at the default gains: 817 / 19, at these 818 / 9
+    | dict(iterations=160, updates_per_iter=600, batch_size=256, actor_lr=3e-4)
+    | dict(kp=0.002, ki=0.0002, kd=0.001, cost_clip=float("inf"), integral_fall=1.0),  # the new defaults were not tried there
+    "SafetyCarRun": cpq.SUITE["SafetyCarRun"],
 }
 
 
@@ -97,6 +96,7 @@ RELEASE: dict[str, dict] = {  # Marvel's release; tasks that are not its own hav
     | dict(
         actor_warmup=0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
         actor_critics="target", max_multiplier=float("inf"), multiplier_updates=20, gain_rule="release", lagrangian="apid",
+        kp=0.02, ki=0.002, kd=0.01, cost_clip=float("inf"), integral_fall=1.0,
     )
     | _task(5e-5, 5e-3, 5e-3, 1e-3, 500),
     "bullet/SafetyBallCircle": _task(5e-5, 5e-3, 5e-3, 1e-3, 500),

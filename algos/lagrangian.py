@@ -1,11 +1,12 @@
 """The multiplier lambda of the Lagrangian: dual ascent, PID and Marvel's adaptive PID, one update per batch of episodes.
 
     d' = (1 - reserve) d                      what the controller aims at
-    J_c = mean cost of the last `cost_memory` batches of episodes;  e = J_c - d';  P = EMA(e)
+    c = mean cost of the newest batch of episodes, at most `cost_clip` d'
+    e = c - d';  P = EMA(e)
     I <- clip(I + Ki e f, 0, max_multiplier)  f: integral_fall where e < 0, else 1
-    D = max(0, EMA(c) - EMA(c) `pid_delay` updates ago)  c: mean cost of the newest batch
+    D = max(0, EMA(c) - EMA(c) `pid_delay` updates ago)
     lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
-    aPID, from the mean m and the standard deviation s of the last `gain_window` costs:
+    aPID, from the mean m and the standard deviation s of the last `gain_window` c:
     Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d';  each within [K0 / gain_bound, K0 gain_bound]
 
 Sources: PID-Lagrangian (Stooke, Achiam, Abbeel; arXiv 2007.03964), aPID (Marvel; arXiv 2412.04426). lambda counts scaled reward
@@ -26,21 +27,21 @@ class LagrangianArgs:
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
-    kp: float = 0.02
+    kp: float = 0.005
     """initial proportional gain, lambda per unit of episode cost (Marvel publishes no initial gains)"""
     ki: float = 0.002
     """initial integral gain, per multiplier update"""
-    kd: float = 0.01
+    kd: float = 0.002
     """initial derivative gain"""
     reserve: float = 0.4
     """share of the cost limit that the controller leaves unused: it aims at (1 - reserve) d (Marvel: 0)"""
     init_multiplier: float = 0.0
     """lambda at the start (the integral's initial value)"""
-    max_multiplier: float = 0.5
+    max_multiplier: float = 2.0
     """upper bound of the integral and of lambda (Marvel: none; inf)"""
-    cost_memory: int = 1
-    """batches of episodes whose mean cost is J_c (Marvel: 1); of heavy-tailed costs five episodes say little"""
-    integral_fall: float = 1.0
+    cost_clip: float = 2.0
+    """a batch of episodes counts as at most this many times d' (Marvel: inf): costs are heavy-tailed, and lambda is a slow variable"""
+    integral_fall: float = 0.25
     """how fast the integral falls, in units of how fast it rises (Marvel: 1); less: it forgets more slowly in quiet batches"""
     pid_decay: float = 0.8
     """decay of the moving averages of error and cost"""
@@ -66,7 +67,6 @@ class Multiplier(NamedTuple):
     error_ema: jax.Array  # ()
     cost_emas: jax.Array  # (pid_delay + 1,), newest first
     costs: jax.Array  # (gain_window,) newest first, NaN where not yet measured
-    recent: jax.Array  # (cost_memory,) the same, for J_c
     gains: jax.Array  # (3,) Kp, Ki, Kd
 
 
@@ -81,7 +81,6 @@ def init_multiplier(args) -> Multiplier:
         unknown,
         jnp.full(args.pid_delay + 1, unknown),
         jnp.full(args.gain_window, unknown),
-        jnp.full(args.cost_memory, unknown),
         gains,
     )
 
@@ -97,8 +96,8 @@ def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
     limit, decay = (1.0 - args.reserve) * args.cost_limit, args.pid_decay
     if math.isinf(args.cost_limit):  # no constraint
         return m
-    recent = jnp.concatenate([cost[None], m.recent[:-1]])
-    error = jnp.nanmean(recent) - limit
+    cost = jnp.minimum(cost, args.cost_clip * max(limit, 1.0))
+    error = cost - limit
     ema = lambda old, new: jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
     error_ema = ema(m.error_ema, error)
     cost_emas = jnp.concatenate([ema(m.cost_emas[0], cost)[None], m.cost_emas[:-1]])
@@ -119,4 +118,4 @@ def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
             unit = jnp.maximum(mean, 1.0)
             factors = 1 + a * (mean - limit) / unit, 1 + b * (mean - limit) / unit, 1 + c * std / unit
         gains = jnp.clip(gains * jnp.stack(factors), initial / args.gain_bound, initial * args.gain_bound)
-    return Multiplier(value, integral, error_ema, cost_emas, costs, recent, gains)
+    return Multiplier(value, integral, error_ema, cost_emas, costs, gains)

@@ -5,11 +5,12 @@ checkpoint per seed; every run with the same offline arguments and dataset takes
 
     phase, equation                                                                            function
     1  CPQ, as tabulated in cpq.py (--offline: another algorithm)                              finetuning.pretrain
-    2  y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha_r h), a' ~ pi_0, h = -log pi_0     critic_loss, vpa_step
+    2  y_r = r + gamma (1-term.) g (min_i Q'_i(s',a') + alpha_r h), a' ~ pi_0, h = -log pi_0   critic_loss, vpa_step
+       g = 1[Qc'(s',a') <= threshold], CPQ's gate                                              cpq.calibrated
        y_c = c + gamma (1-term.) (Qc'(s',a') + alpha_c h); pi_0 frozen                         critic_loss, vpa_step
     3  the same critics with alpha_r = alpha, the entropy weight, and alpha_c = 0              critic_loss, online_step
        maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s))     actor_loss, online_step
-       d' = (1 - reserve) d;  e = J_c - d';  I <- max(0, I + Ki e)                             lagrangian.update_multiplier
+       d' = (1 - reserve) d;  e = min(J_c, 2 d') - d';  I <- max(0, I + f Ki e)                lagrangian.update_multiplier
        lambda = max(0, Kp EMA(e) + I + Kd D)                                                   lagrangian.update_multiplier
        Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d'                  lagrangian.update_multiplier
 
@@ -37,7 +38,11 @@ Those of phase 1 are in cpq.py.
 12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0): an ant that has fallen costs nothing any more, so
    that a large lambda Qc would pay for falling.
 13 (P, R) Evaluations sample the policy, whose cost the multiplier controls (--eval-policy mean).
-14 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
+14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, pre-alignment washes out of Q that CPQ counts no return behind an
+   unsafe state, and lambda alone must hold the policy back.
+15 (P, R) A batch of episodes counts as at most 2 d' of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
+   --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
+16 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
 Two repairs of the released code have no switch: time-outs never stop the bootstrap, and every phase starts with fresh optimisers.
 """
 
@@ -53,7 +58,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from algos import finetuning, logbook, training
+from algos import cpq, finetuning, logbook, training
 from algos.diagnostics import rank_diagnostic
 from algos.finetuning import FinetuneArgs
 from algos.networks import Networks, kl_divergence, sample_action
@@ -80,6 +85,8 @@ class VPAArgs:
     """alpha_c < alpha_r, cost per nat (release: 0)"""
     vpa_entropy: Literal["sample", "batch_mean"] = "sample"
     """h of each action (paper), or its mean over the batch (release)"""
+    vpa_gate: bool = True
+    """Q keeps CPQ's gate, as if a state whose Qc' is above its threshold ended the episode (paper, release: no); not after bear_lag"""
     critics: Literal["pretrained", "fresh"] = "pretrained"
     """critics to start from (fresh: a control)"""
     rank_points: int = 32
@@ -91,25 +98,28 @@ class Args(VPAArgs, FinetuneArgs):
     """this algorithm"""
 
 
-RELEASE = dict(vpa_steps=20_000, vpa_batch_size=64, vpa_alpha_reward=0.0, vpa_alpha_cost=0.0, vpa_entropy="batch_mean")
-PRESETS = finetuning.PRESETS | {"release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | RELEASE}}
+RELEASE = dict(vpa_steps=20_000, vpa_batch_size=64, vpa_alpha_reward=0.0, vpa_alpha_cost=0.0, vpa_entropy="batch_mean", vpa_gate=False)
+SUITE = finetuning.SUITE | {"SafetyAntRun": finetuning.SUITE["SafetyAntRun"] | dict(vpa_gate=False)}  # CPQ's gate is shut there
+PRESETS = {"suite": SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | RELEASE}}
 
 
 # ---------------------------------------------------------------- losses
 
 
-def critic_loss(critics, actor, targets, entropy_weights, batch: Batch, key, networks: Networks, args, entropy="sample"):
-    """Soft Bellman errors of both critics under the policy; `entropy_weights` = (alpha_r, alpha_c)."""
+def critic_loss(critics, actor, targets, entropy_weights, batch: Batch, key, networks: Networks, args, entropy="sample", gate=None):
+    """Soft Bellman errors of both critics under the policy; `entropy_weights` = (alpha_r, alpha_c), `gate` as in --vpa-gate."""
     action, log_prob = sample_action(key, *networks.actor.apply(actor, batch.next_obs))
     log_prob = log_prob if entropy == "sample" else log_prob.mean()
     next_q = networks.q(targets, batch.next_obs, action) - entropy_weights[0] * log_prob
-    next_qc = networks.qc(targets, batch.next_obs, action) - entropy_weights[1] * log_prob
+    next_qc = networks.qcs(targets, batch.next_obs, action) - entropy_weights[1] * log_prob
+    if gate is not None:
+        next_q = next_q * (networks.pessimistic(next_qc) <= gate)
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
     target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
     cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
-    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qc(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc, target, cost_target])  # no silent broadcasting in the differences
+    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qcs(critics, batch.obs, batch.action)
+    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
     return reward_loss + cost_loss, info
@@ -128,11 +138,16 @@ def actor_loss(actor, critics, prior, multiplier, anchor, batch: Batch, key, net
 # ---------------------------------------------------------------- one gradient step of each phase
 
 
-def vpa_step(learner: Learner, batches: tuple[Batch], key, networks: Networks, optimizers: dict, args):
-    """Phase 2, value pre-alignment: both critics evaluate the frozen offline policy under the online objective."""
+def vpa_step(learner: Learner, batches: tuple[Batch, ...], key, networks: Networks, optimizers: dict, args, limits: tuple):
+    """Phase 2, value pre-alignment: both critics evaluate the frozen offline policy under the online objective.
+
+    With --vpa-gate: minibatches of all and of safe trajectories.
+    """
     params, weights = learner.params, (args.vpa_alpha_reward, args.vpa_alpha_cost)
+    batch, *safe = batches
+    gate = cpq.calibrated(limits, learner.targets, safe[0], networks, args)[0] if safe else None
     gradient, info = jax.grad(critic_loss, has_aux=True)(
-        params["critics"], params["actor"], learner.targets, weights, *batches, key, networks, args, args.vpa_entropy
+        params["critics"], params["actor"], learner.targets, weights, batch, key, networks, args, args.vpa_entropy, gate
     )
     return update_targets(apply_gradient(learner, optimizers, "critics", gradient), args.tau), info
 
@@ -160,7 +175,9 @@ def vpa_phase(run: Run, params: dict) -> dict:
     args, log = run.args, run.log
     networks = training.make_networks(args, run.env)
     optimizers = {"critics": training.critic_adam(args.vpa_lr, args.vpa_cost_lr)}
-    step = partial(vpa_step, networks=networks, optimizers=optimizers, args=args)
+    limits = cpq.thresholds(args.cost_limit, args.gamma, run.env.horizon)
+    step = partial(vpa_step, networks=networks, optimizers=optimizers, args=args, limits=limits)
+    data = run.batches("data", "cloned") if args.vpa_gate and run.cloned is not None else run.batches("data")
     train = partial(training.train_on_dataset, step=step, batch_size=args.vpa_batch_size, steps=CHUNK)
     train = vmap_seeds(train, (0, None, 0))
     show = training.make_evaluator(run, lambda actor: training.evaluated_policy(networks.actor, actor, args.eval_policy))
@@ -175,7 +192,7 @@ def vpa_phase(run: Run, params: dict) -> dict:
         if n == 0:
             rank("offline", learner.params["actor"], params["critics"], done)
         else:
-            learner, info = train(learner, (run.data,), run.keys("vpa", n))
+            learner, info = train(learner, data, run.keys("vpa", n))
             log.log("vpa", "train", gradient_steps=done, env_steps=0, **info)
             if n == blocks:
                 rank("vpa", learner.params["actor"], learner.params["critics"], done)

@@ -24,6 +24,7 @@ of a step of running before the policy has learnt to run, standing still is best
 kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2).
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +97,10 @@ class Args(EvalArgs, OnlineArgs, LagrangianArgs, NetworkArgs, RunArgs):
     """integral gain per multiplier update"""
     kd: float = 0.0
     """initial derivative gain"""
+    cost_clip: float = math.inf
+    """a batch of episodes counts as at most this many times d'; inf: as it is"""
+    integral_fall: float = 1.0
+    """how fast the integral falls, in units of how fast it rises"""
     max_multiplier: float = 2.0
     """upper bound of the integral and of lambda"""
 

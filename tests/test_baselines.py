@@ -1,4 +1,4 @@
-"""algos/{bear_lag,bc_safe,jsrl,pex,so2,naive_o2o}.py: what they have of their own, against values worked out independently."""
+"""algos/{bear_lag,bc_safe,jsrl,pex,so2,wsrl,cal,naive_o2o}.py, and switches of finetuning.py: what they have of their own, against values worked out independently."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ import optax
 import pytest
 import scipy.stats
 
-from algos import bc_safe, bear_lag, jsrl, marvel, pex, so2, training
+from algos import bc_safe, bear_lag, cal, cpq, finetuning, jsrl, marvel, pex, so2, training, wsrl
 from algos.networks import Actor, sample_action
 from data import dsrl
 from envs.rollout import Batch, collect, start_rollout
@@ -238,3 +238,99 @@ def test_so2_without_noise_is_the_plain_critic_loss():
     plain = marvel.critic_loss(critics, params["actor"], critics, (0.01, 0.0), batch, key_action, networks, args)[0]
     assert float(loss(replace(args, noise=0.0))) == pytest.approx(float(plain), rel=1e-6)
     assert float(loss(args)) != pytest.approx(float(plain), rel=1e-4)
+
+
+# ---------------------------------------------------------------- WSRL
+
+
+def test_wsrl_bootstraps_from_the_minimum_of_a_random_subset():
+    """With as many critics as the subset it is the plain loss without entropy; with more, the target varies with the key."""
+    args, networks, params = built(wsrl, num_critics=2)
+    batch, critics = some_batch(), params["critics"]
+    key_action, _ = jax.random.split(jax.random.key(4))
+    found = wsrl.wsrl_critic_loss(critics, params["actor"], critics, batch, jax.random.key(4), networks, args)[0]
+    plain = marvel.critic_loss(critics, params["actor"], critics, (0.0, 0.0), batch, key_action, networks, args)[0]
+    assert float(found) == pytest.approx(float(plain), rel=1e-6)
+
+    args, networks, params = built(wsrl, num_critics=5)
+    critics = params["critics"]
+    action, _ = sample_action(key_action, *networks.actor.apply(params["actor"], batch.next_obs))
+    qs = np.asarray(networks.reward.apply(critics["reward"], batch.next_obs, action))
+    q = np.asarray(networks.reward.apply(critics["reward"], batch.obs, batch.action))
+    target = lambda i, j: 0.1 * np.asarray(batch.reward) + 0.9 * (1 - np.asarray(batch.terminated)) * np.minimum(qs[i], qs[j])
+    possible = [np.mean((q - target(i, j)) ** 2) for i in range(5) for j in range(i)]
+    loss = wsrl.wsrl_critic_loss(critics, params["actor"], critics, batch, jax.random.key(4), networks, args)[1]["reward_critic_loss"]
+    assert min(abs(float(loss) - x) for x in possible) < 1e-6
+
+
+def test_nothing_learns_while_everything_is_frozen():
+    old = training.Learner({"actor": jnp.zeros(2), "critics": jnp.ones(3)}, {"cost": jnp.ones(1)}, {"actor": jnp.int32(4)})
+    new = jax.tree.map(lambda x: x + 1, old)
+    for frozen, kept in ((True, old), (False, new)):
+        found = finetuning.freeze_all(new, old, jnp.array(frozen))
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, kept))
+    actor_only = finetuning.freeze_actor(new, old, jnp.array(True))
+    assert actor_only.params["actor"].tolist() == [0, 0] and actor_only.params["critics"].tolist() == [2, 2, 2]
+
+
+# ---------------------------------------------------------------- CAL
+
+
+def test_pessimistic_cost_is_mean_plus_standard_deviations():
+    """Of 1, 2, 3, 6: mean 3, unbiased standard deviation sqrt(14/3); of one critic the critic itself; finite gradients if all agree."""
+    args, networks, _ = built(cal, cost_critics=4, cost_pessimism=0.5)
+    qcs = jnp.array([1.0, 2.0, 3.0, 6.0])[:, None]
+    assert float(networks.pessimistic(qcs)[0]) == pytest.approx(3 + 0.5 * np.sqrt(14 / 3))
+    assert np.isfinite(jax.grad(lambda x: networks.pessimistic(x)[0])(jnp.ones((4, 1)))).all()
+    _, alone, _ = built(marvel)
+    assert alone.pessimistic(qcs[:1]).tolist() == [1.0]
+
+
+def test_cost_critics_of_an_ensemble_follow_their_own_targets():
+    args, networks, params = built(cal, entropy_weight=0.0)
+    batch, critics = some_batch(), params["critics"]
+    found = cal.critic_loss(critics, params["actor"], critics, (0.0, 0.0), batch, jax.random.key(4), networks, args)[1]
+    action, _ = sample_action(jax.random.key(4), *networks.actor.apply(params["actor"], batch.next_obs))
+    after, now = networks.qcs(critics, batch.next_obs, action), networks.qcs(critics, batch.obs, batch.action)
+    assert after.shape == (4, 6)
+    errors = [now[i] - (batch.cost + 0.9 * (1 - batch.terminated) * after[i]) for i in range(4)]
+    assert float(found["cost_critic_loss"]) == pytest.approx(float(np.mean(np.square(errors))), rel=1e-5)
+
+
+def test_rectified_multiplier_and_its_ascent():
+    """kappa 2, q_d 3: far below the threshold the constraint does not act; above it weighs more than lambda."""
+    args = cal.Args(rectification=2.0)
+    found = [float(cal.rectified(0.5, qc, 3.0, args)) for qc in (1.0, 2.9, 3.0, 4.0)]
+    assert found == pytest.approx([0.0, 0.3, 0.5, 2.5])
+    slope = jax.grad(cal.multiplier_loss)
+    assert float(slope(jnp.log(0.5), 4.0, 3.0)) == pytest.approx(-0.5)  # descends: lambda rises
+    assert float(slope(jnp.log(0.5), 1.0, 3.0)) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------- the gate of CPQ and of pre-alignment
+
+
+@pytest.mark.parametrize("highest, expected", [(8.0, 7.2), (2.0, 4.0)], ids=["raised", "as it is"])
+def test_the_gate_lets_through_what_is_known_to_be_safe(highest, expected, variant):  # noqa: F811
+    """Qc of safe trajectories 0 to `highest` in ten equal steps: the 90% quantile is 0.9 `highest`; q_thres 4."""
+    networks = SimpleNamespace(qc=lambda critics, obs, action: critics * obs[:, 0])
+    safe = some_batch()._replace(obs=jnp.linspace(0, 1, 11)[:, None])
+    args = cpq.Args(gate_quantile=0.9)
+    found = variant(lambda c: cpq.calibrated((4.0, 6.0), c, safe, networks, args))(jnp.float32(highest))
+    np.testing.assert_allclose(found, [expected, 1.5 * expected], rtol=1e-6)
+    assert cpq.calibrated((4.0, 6.0), 1.0, safe, networks, cpq.Args(gate_quantile=0.0)) == (4.0, 6.0)
+    assert cpq.calibrated((np.inf, np.inf), 1.0, safe, networks, args) == (np.inf, np.inf)
+
+
+def test_a_gated_state_is_worth_nothing_to_the_pre_aligned_critic():
+    args, networks, params = built(marvel, vpa_alpha_reward=0.0)
+    batch, critics, key = some_batch(), params["critics"], jax.random.key(4)
+    action, _ = sample_action(key, *networks.actor.apply(params["actor"], batch.next_obs))
+    q, qc = networks.q(critics, batch.next_obs, action), networks.qc(critics, batch.next_obs, action)
+    gate = float(jnp.median(qc))
+    loss = lambda gate: marvel.critic_loss(critics, params["actor"], critics, (0.0, 0.0), batch, key, networks, args, gate=gate)[1]
+    now = np.asarray(networks.reward.apply(critics["reward"], batch.obs, batch.action))
+    target = 0.1 * batch.reward + 0.9 * (1 - batch.terminated) * np.where(qc <= gate, q, 0.0)
+    assert float(loss(gate)["reward_critic_loss"]) == pytest.approx(float(np.mean((now - target) ** 2)), rel=1e-5)
+    assert float(loss(gate)["cost_critic_loss"]) == float(loss(None)["cost_critic_loss"])
+    assert float(loss(None)["reward_critic_loss"]) == pytest.approx(float(loss(np.inf)["reward_critic_loss"]), rel=1e-6)

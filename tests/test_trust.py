@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import bc_safe, bear_lag, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2
+from algos import bc_safe, bear_lag, cal, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, wsrl
 from data import dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,9 +279,9 @@ def test_checkpoints_hold_no_code():
 
 # ---------------------------------------------------------------- bad input
 
-ALGOS = {m.__name__.rsplit(".", 1)[-1]: m for m in (marvel, cpq, bc_safe, sac_lag, naive_o2o, jsrl, pex, so2, bear_lag)}
+ALGOS = {m.__name__.rsplit(".", 1)[-1]: m for m in (marvel, cpq, bc_safe, sac_lag, naive_o2o, jsrl, pex, so2, wsrl, cal, bear_lag)}
 OFFLINE = [name for name in ALGOS if name != "sac_lag"]
-ONLINE = ["marvel", "naive_o2o", "jsrl", "pex", "so2"]
+ONLINE = ["marvel", "naive_o2o", "jsrl", "pex", "so2", "wsrl", "cal"]
 
 
 def cases():
@@ -362,7 +362,7 @@ def bad_files(place):
 
 def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
     parsed = lambda words: logbook.parse(marvel.Args, words.split(), marvel.PRESETS)
-    own = finetuning.SUITE["SafetyAntRun"]
+    own = marvel.SUITE["SafetyAntRun"]
     assert own and all(getattr(marvel.Args(), name) != value for name, value in own.items())
     for name in ("SafetyAntRun", "SafetyAntRun0-v0"):
         assert parsed(f"--env {name}") == replace(marvel.Args(env=name), **own)
@@ -371,7 +371,7 @@ def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
     assert parsed("--actor-lr 0.3 --seeds 2") == replace(marvel.Args(seeds=2), **own | {"actor_lr": 0.3})
 
 
-@pytest.mark.parametrize("module", [cpq, naive_o2o, jsrl, pex, so2], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [cpq, naive_o2o, jsrl, pex, so2, wsrl], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("task", finetuning.SUITE)
 @pytest.mark.parametrize("preset", ["suite", "release"])
 def test_baselines_start_from_the_same_offline_settings(module, task, preset):
@@ -392,7 +392,7 @@ def test_the_release_preset_is_what_the_docstrings_say():
         "ood_gradient": False, "ood_states": 0, "ood_quantile": 0.0, "one_sided_penalty": False, "clip_cost_target": False,
         "cloning_weight": 0.0, "vae_hidden": (400, 400), "offline_steps": 100_000, "offline_batch_size": 512,
         "offline_actor_lr": 1e-4, "offline_actor_schedule": "constant", "lagrangian": "apid", "vpa_alpha_reward": 0.0,
-        "vpa_alpha_cost": 0.0,
+        "vpa_alpha_cost": 0.0, "vpa_gate": False, "gate_quantile": 0.0, "cost_clip": float("inf"), "integral_fall": 1.0,
         # the release's row of this task
         "actor_lr": 5e-5, "critic_lr": 5e-3, "cost_critic_lr": 8e-3, "entropy_weight": 5e-3, "iterations": 100,
     }  # fmt: skip
