@@ -138,7 +138,7 @@ def actor_loss(actor, critics, prior, multiplier, anchor, batch: Batch, key, net
 # ---------------------------------------------------------------- one gradient step of each phase
 
 
-def vpa_step(learner: Learner, batches: tuple[Batch, ...], key, networks: Networks, optimizers: dict, args, limits: tuple):
+def vpa_step(learner: Learner, batches: tuple[Batch, ...], key, networks: Networks, optimizers: dict, args, limits: tuple = ()):
     """Phase 2, value pre-alignment: both critics evaluate the frozen offline policy under the online objective.
 
     With --vpa-gate: minibatches of all and of safe trajectories.

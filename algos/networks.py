@@ -124,7 +124,7 @@ class Networks(NamedTuple):
 
     def pessimistic(self, qcs: jax.Array) -> jax.Array:
         """Qc_i (cost critics, ...) -> mean_i Qc_i + k std_i Qc_i (...,): an upper bound where the critics disagree (CAL)."""
-        if self.cost.size == 1:
+        if qcs.shape[0] == 1:
             return qcs[0]
         variance = jnp.var(qcs, 0, ddof=1)
         return qcs.mean(0) + self.cost_pessimism * jnp.sqrt(jnp.maximum(variance, 1e-12))  # sqrt has no gradient at 0

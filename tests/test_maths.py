@@ -81,7 +81,7 @@ def test_sample_action_density_integrates_to_one():
 
 def test_sample_action_distribution_and_entropy():
     action, log_prob = draw(100_000)
-    assert scipy.stats.kstest(np.arctanh(action), "norm", (MEAN, np.exp(LOG_STD))).pvalue > 0.01
+    assert scipy.stats.kstest(np.arctanh(action), scipy.stats.norm(MEAN, np.exp(LOG_STD)).cdf).pvalue > 0.01
     entropy = scipy.integrate.quad(lambda a: -density(a) * np.log(density(a)), -1 + 1e-9, 1 - 1e-9, limit=200)[0]
     assert -log_prob.mean() == pytest.approx(entropy, abs=0.01)
 

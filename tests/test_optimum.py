@@ -164,7 +164,7 @@ def test_known_values_behind_the_gate(data):
     """CPQ with q_thres = 1.15, costs as above. Time-outs: Qc = 5, the gate is shut, Q is the step's own reward. Before the terminal
     state Qc is 1.72, 1.36, 0.95, 0.5: only the first step leads to where the gate is shut, and ends there."""
     limit = 1.15 * 5 * (1 - GAMMA) / (1 - GAMMA**5)
-    values = fitted(cpq, data, cost_limit=limit)
+    values = fitted(cpq, data, cost_limit=limit, gate_quantile=0.0)
     check_costs(values)
     np.testing.assert_allclose(values(0, np.ones((8, 1)), ACTIONS)[0], np.full((2, 8), 0.2), atol=0.03)
     clock = np.repeat(np.arange(4), 2)

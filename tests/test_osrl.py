@@ -74,7 +74,8 @@ def setting(algo, osrl, **changes):
     meta = osrl["meta"]
     same = {name: meta[name] for name in ("gamma", "tau", "cost_limit", "reward_scale")}
     args = algo.Args(**same, vae_beta=meta["beta"], **changes)
-    nets = Networks(*(SimpleNamespace(apply=apply) for apply in (actor, critics, critics, vae)))
+    one = lambda *args: critics(*args)[:1]  # OSRL's cost critics are copies of one here
+    nets = Networks(*(SimpleNamespace(apply=apply) for apply in (actor, critics, one, vae)))
     fixed = SimpleNamespace(args=args, networks=nets, limits=cpq.thresholds(args.cost_limit, args.gamma, meta["episode_len"]))
     fixed.max_qc, fixed.lr = 1.0 / (1.0 - args.gamma), meta["lr"]
     b = osrl["batch"]
@@ -86,7 +87,7 @@ def setting(algo, osrl, **changes):
 
 def cpq_setting(osrl):
     """Nothing is cloned, and OOD actions are drawn for all 32 states, as in OSRL."""
-    return setting(cpq, osrl, ood_states=32, ood_actions=10, cloning_weight=0.0)
+    return setting(cpq, osrl, ood_states=32, ood_actions=10, cloning_weight=0.0, gate_quantile=0.0)
 
 
 @pytest.fixture
@@ -312,6 +313,7 @@ def test_pid_terms(osrl):
     def run(*on):
         kp, ki, kd = (k * x for k, x in zip(osrl["meta"]["pid"], on))
         plain = dict(lagrangian="pid", cost_limit=limit, reserve=0.0, pid_decay=0.0, pid_delay=1, max_multiplier=1e6)
+        plain |= dict(cost_clip=np.inf, integral_fall=1.0)
         args = marvel.Args(**plain, kp=kp, ki=ki, kd=kd)
         update = lambda m, cost: (lagrangian.update_multiplier(m, cost, args),) * 2
         return np.asarray(jax.jit(lambda: jax.lax.scan(update, lagrangian.init_multiplier(args), jnp.asarray(costs))[1].value)())

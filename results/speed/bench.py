@@ -379,7 +379,7 @@ def online_program(sizes: dict, seeds: int, steps: int):
     new = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, None], (seeds, 1, 1, *x.shape[1:])), random_batch(sizes | {"rows": 1}, roots[0]))
     ended = Episodes(*(jnp.ones(seeds) for _ in Episodes._fields))
     step = partial(marvel.online_step, networks=networks, optimizers=optimizers, args=args)
-    train = partial(finetuning.train_online, step=step, args=args)
+    train = partial(finetuning.train_online, step=step, freeze=finetuning.freeze_actor, args=args)
     train = vmap_seeds(train, (0, 0, 0, None, 0, 0, 0, None), donate_argnums=(0, 2))
 
     def start(key):
