@@ -22,7 +22,8 @@ outweighs lambda / reward_scale of raw reward. CAL's numbers for lambda and kapp
 Deviations, P from the paper, R from its code. Offline those of cpq.py. Online those of marvel.py that are about phase 3, with the
 same switches, the multiplier excepted; and
  1 (P, R) A state's end stops the bootstrap of costs as of rewards; R lets costs go on through it on Safety-Gym's tasks.
- 2 (P, R) The suite's number of updates (P, R: ten a step of the environment), and step sizes (P, R: 3e-4 for all).
+ 2 (R) The suite's number of updates (ten a step of the environment), and step sizes (3e-4 for all).
+ 3 (R) A fixed entropy weight (tuned to an entropy of -|a|).
 """
 
 import sys
@@ -111,13 +112,15 @@ def cal_step(learner: Learner, _, anchor, batch: Batch, key, networks: Networks,
     learner = apply_gradient(learner, optimizers, "critics", gradient)
     params, critics = learner.params, learner.params["critics"] if args.actor_critics == "online" else learner.targets
     expected = networks.qc(critics, batch.obs, batch.action).mean()
-    weight = rectified(jnp.exp(params["log_multiplier"]), expected, threshold, args)
+    unconstrained = cpq.unconstrained(threshold)
+    weight = jnp.float32(0) if unconstrained else rectified(jnp.exp(params["log_multiplier"]), expected, threshold, args)
     gradient, actor_info = jax.grad(actor_loss, has_aux=True)(
         params["actor"], critics, params["prior"], weight, anchor, batch, key_actor, networks, args
     )
     learner = apply_gradient(learner, optimizers, "actor", gradient)
-    gradient = jax.grad(multiplier_loss)(params["log_multiplier"], expected, threshold)
-    learner = apply_gradient(learner, optimizers, "log_multiplier", gradient)
+    if not unconstrained:
+        gradient = jax.grad(multiplier_loss)(params["log_multiplier"], expected, threshold)
+        learner = apply_gradient(learner, optimizers, "log_multiplier", gradient)
     return update_targets(learner, args.tau), {**info, **actor_info, "multiplier": weight}
 
 

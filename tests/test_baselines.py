@@ -307,6 +307,20 @@ def test_rectified_multiplier_and_its_ascent():
     assert float(slope(jnp.log(0.5), 1.0, 3.0)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("limit", [20.0, np.inf])
+def test_cal_step_moves_the_multiplier_only_where_there_is_a_limit(limit):
+    args, networks, params = built(cal, cost_limit=limit, reserve=0.0)
+    params = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"], "log_multiplier": jnp.log(0.07)}
+    optimizers = {name: optax.adam(1e-3) for name in ("actor", "critics", "log_multiplier")}
+    learner = training.init_learner(params, optimizers)
+    threshold = cpq.thresholds(args.cost_limit, args.gamma, ENV.horizon)[0]
+    after, info = cal.cal_step(learner, 9.0, 0.0, some_batch(), jax.random.key(0), networks, optimizers, args, threshold)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.all(jnp.isfinite(x))), after.params))
+    moved = float(after.params["log_multiplier"] - params["log_multiplier"])
+    assert moved == pytest.approx(0.0 if np.isinf(limit) else -1e-3, abs=1e-6)  # Qc is about 0, below the threshold: lambda falls
+    assert float(info["multiplier"]) == 0.0  # and far below it the constraint does not act
+
+
 # ---------------------------------------------------------------- the gate of CPQ and of pre-alignment
 
 
