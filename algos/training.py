@@ -20,7 +20,7 @@ from algos import logbook
 from algos.logbook import Logbook
 from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
 from algos.seeds import vmap_seeds
-from data import dsrl, public
+from data import collect, dsrl, public
 from data.replay import sample
 from envs import render
 from envs.rollout import Batch, evaluate
@@ -112,7 +112,7 @@ class OfflineArgs:
     """phase 1, offline"""
 
     dataset: Path | None = None
-    """DSRL-format HDF5 file, or dsrl/NAME for a published one (default: the task's own in data/)"""
+    """DSRL-format HDF5 file, or dsrl/NAME for a published one (default: the task's own in data/, made if it is missing)"""
     terminals_are_timeouts: bool = False
     """read the dataset's terminals as time-outs, through which critics bootstrap: for files that store them so"""
     offline_steps: int = 10_000
@@ -251,7 +251,9 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     roots = jax.vmap(jax.random.key)(jnp.array(seeds))
     if not dataset:
         return Run(args, env, Logbook(algo, env.name, asdict(args), seeds), roots)
-    loaded, about = public.load(args.dataset, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
+    loaded, about = public.load(
+        args.dataset or collect.provided(env.name), env=env.name, obs_size=env.obs_size, action_size=env.action_size
+    )
     path = about["path"]
     if args.terminals_are_timeouts:
         loaded = dsrl.as_timeouts(loaded)

@@ -2,15 +2,18 @@
 
 Behaviour policies come from from-scratch SAC-Lagrangian (algos/sac_lag.py) at several cost limits, each at several stages from
 early to expert, so that a file mixes safe-poor, safe-good, unsafe-good and bad trajectories, as DSRL's do. They are kept in
-data/policies/ENV.safetensors; the dataset is their stochastic rollouts, the same for the same key.
+data/policies/ENV.safetensors; the dataset is their stochastic rollouts, the same for the same key. A training script whose dataset is
+missing makes it by `provided`.
 
     python -m data.collect --env E                              # data/E.hdf5 from the kept policies
     python -m data.collect --env E --transitions 1000000 --out big.hdf5
     python -m data.collect --env E --train                      # the policies too, from nothing (minutes to hours)
 """
 
+import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,9 +26,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tyro
+from tqdm import tqdm
 
 import envs
 from data import dsrl
+from data.dsrl import DatasetError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,13 +96,16 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
     ),
 }
 
+TRANSITIONS = {"SafetyPointCircle1": 60_000, "SafetySwimmerVelocity": 60_000, "SafetyPointGoal1-v0": 60_000}  # the others: 100,000
+PIECES = 20  # calls that a collection is split into, for its progress bar
+
 
 @dataclass(frozen=True)
 class Args:
     env: str = "SafetyPointRun"
     """task: a name of RECIPES"""
-    transitions: int = 100_000
-    """size of the dataset; a little fewer where episodes end early"""
+    transitions: int | None = None
+    """size of the dataset; a little fewer where episodes end early (default: 100,000, of three tasks 60,000)"""
     seed: int = 0
     """key of the rollouts"""
     out: Path | None = None
@@ -148,12 +156,14 @@ def act(params: dict, obs: jax.Array, key: jax.Array) -> jax.Array:
 
 def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array, rounds: int = 1) -> dict[str, Any]:
     """T = `rounds` * `env.horizon` steps of every policy (leaves (P, ...)) in `rows` environments each: (P, rows, T, ...)."""
-    o = env.obs_size
+    o, steps = env.obs_size, rounds * env.horizon
+    pieces = math.gcd(steps, PIECES)
 
-    def one(params, key):
+    def start(key):
         key_reset, key_steps = jax.random.split(key)
-        state, obs = env.reset(jax.random.split(key_reset, rows))
+        return env.reset(jax.random.split(key_reset, rows)), jax.random.split(key_steps, steps).reshape(pieces, -1)
 
+    def one(params, carry, keys):
         def step(carry, key):
             state, obs = carry
             action = act(params, obs[..., :o], key)
@@ -165,11 +175,18 @@ def rollouts(env: envs.Env, params: dict, rows: int, key: jax.Array, rounds: int
             out |= dict(privileged=obs[..., o:], next_privileged=t.next_obs[..., o:]) if env.privileged_size else {}
             return (state, t.obs), out
 
-        out = jax.lax.scan(step, (state, obs), jax.random.split(key_steps, rounds * env.horizon))[1]
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+        carry, out = jax.lax.scan(step, carry, keys)
+        return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
 
     policies = next(iter(params.values())).shape[0]
-    return jax.jit(jax.vmap(one))(params, jax.random.split(key, policies))
+    carry, keys = jax.jit(jax.vmap(start))(jax.random.split(key, policies))
+    one, found = jax.jit(jax.vmap(one)), []
+    with tqdm(total=policies * rows * steps, desc=f"collecting {env.name}", unit=" steps", unit_scale=True, disable=None) as bar:
+        for i in range(pieces):
+            carry, out = one(params, carry, keys[:, i])
+            found.append(jax.tree.map(np.asarray, out))
+            bar.update(bar.total // pieces)
+    return jax.tree.map(lambda *x: np.concatenate(x, 2), *found)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -186,30 +203,69 @@ def whole_episodes(out: dict[str, Any]) -> dsrl.Dataset:
     return dsrl.Dataset(**{k: v[keep] for k, v in flat.items()})
 
 
+def collect(env: envs.Env, out: Path, transitions: int | None = None, seed: int = 0) -> dsrl.Dataset:
+    """Writes the dataset of a task, an episode or more of each of its kept policies, to `out`, which appears whole or not at all."""
+    with safetensors.safe_open(policies_path(env.name), "numpy") as file:
+        params = {k: file.get_tensor(k) for k in file.keys()}
+        policies = json.loads(file.metadata()["policies"])
+    transitions = transitions or TRANSITIONS.get(env.name, 100_000)
+    episodes = transitions / (len(policies) * env.horizon)
+    # Environments of a real package are simulators of their own, of up to 30 MB: fewer of them, for longer.
+    rounds = 1 if isinstance(env, envs.Env) else math.ceil(episodes / 4)
+    rows = max(1, round(episodes / rounds))
+    dataset = whole_episodes(rollouts(env, params, rows, jax.random.key(seed), rounds))
+    about = {"env": env.name, "seed": seed, "policies": policies, "rows_per_policy": rows}
+    about |= {"rounds": rounds} if rounds > 1 else {}
+    dsrl.save(out, dataset, {k: v if isinstance(v, (str, int)) else json.dumps(v) for k, v in about.items()})
+    return dataset
+
+
+def provided(name: str) -> Path:
+    """The task's own dataset in data/, made from its kept behaviour policies if it is missing: seconds to a minute.
+
+    Of several processes that ask for one, one makes it and the others wait.
+
+    Raises:
+      DatasetError: there are no policies to make it from, or it cannot be written.
+    """
+    path = dsrl.default_path(name)
+    if path.exists():
+        return path
+    if not policies_path(name).exists():
+        own = f"`python -m data.collect --env {name} --train` makes one, in hours" if name in RECIPES else None
+        raise DatasetError(f"{name}: no dataset comes with it; " + (own or "name one with --dataset FILE"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                print(f"making {path.name}, once, as `python -m data.collect --env {name}` does", file=sys.stderr)
+                collect(envs.make(name, privileged=True), path)
+            Path(lock.name).unlink(missing_ok=True)
+    except OSError as error:
+        mend = f"make it elsewhere by `python -m data.collect --env {name} --out FILE`, and name it with --dataset FILE"
+        raise DatasetError(f"{path}: cannot be written ({os.strerror(error.errno or 0)}); {mend}") from None
+    return path
+
+
 def main(args: Args) -> None:
     env = envs.make(args.env, privileged=True)
-    if env.name not in RECIPES:
-        sys.exit(f"no recipe for {env.name}: add one to data/collect.py (there are {', '.join(RECIPES)})")
     if args.train:
+        if env.name not in RECIPES:
+            raise DatasetError(f"{env.name}: no recipe; add one to RECIPES in data/collect.py (there are {', '.join(RECIPES)})")
         folders = list(args.runs) or [train(env.name, behaviour) for behaviour in RECIPES[env.name]]
         pack(env.name, folders)
     path = policies_path(env.name)
     if not path.exists():
-        sys.exit(f"{path} is missing: train the behaviour policies with --train")
-    with safetensors.safe_open(path, "numpy") as file:
-        params = {k: file.get_tensor(k) for k in file.keys()}
-        policies = json.loads(file.metadata()["policies"])
-    episodes = args.transitions / (len(policies) * env.horizon)
-    # Environments of a real package are simulators of their own, of up to 30 MB: fewer of them, for longer.
-    rounds = 1 if isinstance(env, envs.Env) else math.ceil(episodes / 4)
-    rows = max(1, round(episodes / rounds))
-    dataset = whole_episodes(rollouts(env, params, rows, jax.random.key(args.seed), rounds))
+        mend = "--train trains its behaviour policies" if env.name in RECIPES else f"there are {', '.join(RECIPES)}"
+        raise DatasetError(f"{path}: no such file; {mend}")
     out = args.out or dsrl.default_path(env.name)
-    about = {"env": env.name, "seed": args.seed, "policies": policies, "rows_per_policy": rows}
-    about |= {"rounds": rounds} if rounds > 1 else {}
-    dsrl.save(out, dataset, {k: v if isinstance(v, (str, int)) else json.dumps(v) for k, v in about.items()})
+    dataset = collect(env, out, args.transitions, args.seed)
     print(json.dumps({"file": str(out), "MB": round(out.stat().st_size / 1e6, 1), **dsrl.describe(dataset, 20.0)}, indent=1))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except (DatasetError, envs.UnknownName) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -158,12 +158,12 @@ def scores(entry: Published, returns, costs, cost_limit: float):
 
 
 def load(
-    dataset: str | os.PathLike | None, *, env: str, obs_size: int | None = None, action_size: int | None = None
+    dataset: str | os.PathLike, *, env: str, obs_size: int | None = None, action_size: int | None = None
 ) -> tuple[Dataset, dict[str, Any]]:
     """`dsrl.load` of what an algorithm's --dataset names, for the task `env`.
 
     Args:
-      dataset: `dsrl/NAME` (downloaded if it is not there yet), the path of a file, or None for the task's own in data/.
+      dataset: `dsrl/NAME` (downloaded if it is not there yet), or the path of a file.
       env, obs_size, action_size: the task's name and sizes, which the data must fit.
 
     Returns:
@@ -173,7 +173,7 @@ def load(
     Raises:
       DatasetError: unknown name; another task's data; a file that cannot be had or used. One line.
     """
-    path = Path(dataset) if dataset is not None else dsrl.default_path(env)
+    path = Path(dataset)
     named = path.parts[:1] == ("dsrl",) and not path.exists()
     entry = find(path.name) if named else next((e for e in TABLE if path.name == f"{e.name}.hdf5"), None)
     if entry is None:

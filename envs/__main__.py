@@ -14,9 +14,11 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def dataset(name: str) -> str:
-    """Where the task's dataset is and its size in MB, or "-"."""
+    """Where the task's dataset is and its size in MB, whether a training run makes it, or "-"."""
     path = DATA / f"{name}.hdf5"
-    return f"data/{path.name} ({path.stat().st_size / 1e6:.1f} MB)" if path.exists() else "-"
+    if path.exists():
+        return f"data/{path.name} ({path.stat().st_size / 1e6:.1f} MB)"
+    return "made at first use" if (DATA / "policies" / f"{name}.safetensors").exists() else "-"
 
 
 def table() -> list[tuple[str, ...]]:

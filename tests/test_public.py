@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from data import dsrl, public
+from data import collect, dsrl, public
 
 NAME = "SafetyBallRun-v0-80-940"
 ENTRY = public.find(NAME)
@@ -164,7 +164,7 @@ def test_scores():
 
 
 def test_path_and_default_work_as_before(tmp_path):
-    dataset, about = public.load(None, env="SafetyPointRun", obs_size=12, action_size=2)
+    dataset, about = public.load(collect.provided("SafetyPointRun"), env="SafetyPointRun", obs_size=12, action_size=2)
     assert len(dataset.rewards) == 100_000 and about["env"] == "SafetyPointRun" and "dsrl" not in about
     write(tmp_path / "mine.hdf5")
     dataset, about = public.load(tmp_path / "mine.hdf5", env="anything", obs_size=7, action_size=2)

@@ -1,0 +1,90 @@
+"""Datasets made on the spot from the kept behaviour policies (data/collect.py)."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import envs
+from data import collect, dsrl
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "SafetyPointRun"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder in place of data/, and collections of an episode per policy."""
+    monkeypatch.setattr(dsrl, "default_path", lambda name: tmp_path / f"{name}.hdf5")
+    monkeypatch.setitem(collect.TRANSITIONS, NAME, 1)
+    return tmp_path
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_missing_dataset_is_made_once_and_is_the_committed_ones_kind(elsewhere, monkeypatch, capsys):
+    """Threads stand for processes: each opens the lock by itself. What is there already is not made again."""
+    made, own = [], collect.collect
+    monkeypatch.setattr(collect, "collect", lambda *args: made.append(args[1].name) or own(*args))
+    found = []
+    asked = [threading.Thread(target=lambda: found.append(collect.provided(NAME))) for _ in range(2)]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert found == [elsewhere / f"{NAME}.hdf5"] * 2 and made == [f"{NAME}.hdf5"] and left(elsewhere) == [f"{NAME}.hdf5"]
+    assert f"python -m data.collect --env {NAME}" in capsys.readouterr().err
+    dataset, about = dsrl.load(found[0], env=NAME, obs_size=12, action_size=2)
+    split, policies = dsrl.episodes(dataset), sum(len(behaviour.stages) for behaviour in collect.RECIPES[NAME])
+    assert list(split.lengths) == [500] * policies and split.complete.all() and not dataset.terminals.any()
+    assert dataset.privileged is not None and about["sha256"] == dsrl.sha256(found[0])
+    # from poor to good, as the behaviours are (their order is that of training)
+    assert split.returns[0] < 400 < 700 < split.returns.max()
+    assert collect.provided(NAME) == found[0] and len(made) == 1
+
+
+def test_rollouts_in_pieces_are_the_rollouts_in_one(monkeypatch):
+    """The progress bar splits a collection into calls; the episodes do not change by it."""
+    env = envs.make(NAME)
+    params = {"Dense_0/kernel": np.full((2, env.obs_size, 2 * env.action_size), 0.01), "Dense_0/bias": np.zeros((2, 2 * env.action_size))}
+    out = []
+    for pieces in (20, 1):
+        monkeypatch.setattr(collect, "PIECES", pieces)
+        out.append(collect.rollouts(env, params, 1, jax.random.key(3)))
+    assert out[0]["rewards"].shape == (2, 1, 500) and out[0]["observations"].shape == (2, 1, 500, env.obs_size)
+    for key in out[0]:
+        np.testing.assert_array_equal(out[0][key], out[1][key], key)
+    assert out[0]["timeouts"][..., -1].all() and out[0]["timeouts"].sum() == 2
+
+
+def test_a_collection_that_stops_leaves_no_file(elsewhere, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)  # the disk is full at the very end
+    with pytest.raises(dsrl.DatasetError, match=rf"No space left.*data.collect --env {NAME} --out FILE.*--dataset FILE"):
+        collect.provided(NAME)
+    assert not [name for name in left(elsewhere) if name.endswith("hdf5")]
+
+
+@pytest.mark.parametrize(("name", "mend"), [("SafetyAntRun", "data.collect --env SafetyAntRun --train"), ("bullet/Own", "--dataset FILE")])
+def test_what_cannot_be_made_names_the_mend(elsewhere, monkeypatch, name, mend):
+    monkeypatch.setattr(collect, "policies_path", lambda name: elsewhere / "nowhere")
+    with pytest.raises(dsrl.DatasetError, match=mend) as error:
+        collect.provided(name)
+    assert len(str(error.value).splitlines()) == 1 and not left(elsewhere)
+
+
+@pytest.mark.parametrize(("words", "mend"), [("--env SafetyPointRum", "SafetyPointRun"), ("--env bullet/SafetyDroneRun", "")])
+def test_the_command_says_what_is_wrong_in_one_line(words, mend, tmp_path):
+    command = [sys.executable, "-m", "data.collect", *words.split(), "--out", str(tmp_path / "x.hdf5")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1 and mend in run.stderr
+    assert not left(tmp_path)
