@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 import envs
-from data import dsrl
+from data import dsrl, public
 from data.dsrl import DatasetError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +220,16 @@ def collect(env: envs.Env, out: Path, transitions: int | None = None, seed: int 
     return dataset
 
 
+def _mend(name: str) -> str:
+    """How to get a dataset of a task that has none."""
+    if name in RECIPES:
+        return f"`python -m data.collect --env {name} --train` makes one, in hours"
+    published = public.published(name)
+    if published:
+        return f"--dataset dsrl/{published.name} downloads a published one"
+    return "name one with --dataset FILE (data/README.md: envs.Recorder records one, `python -m data.convert` takes other formats)"
+
+
 def provided(name: str) -> Path:
     """The task's own dataset in data/, made from its kept behaviour policies if it is missing: seconds to a minute.
 
@@ -232,8 +242,7 @@ def provided(name: str) -> Path:
     if path.exists():
         return path
     if not policies_path(name).exists():
-        own = f"`python -m data.collect --env {name} --train` makes one, in hours" if name in RECIPES else None
-        raise DatasetError(f"{name}: no dataset comes with it; " + (own or "name one with --dataset FILE"))
+        raise DatasetError(f"{name}: no dataset comes with it; {_mend(name)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{path.name}.lock"), "w") as lock:

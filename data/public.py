@@ -135,6 +135,11 @@ def find(name: str) -> Published:
     return _BY_ALIAS[name]
 
 
+def published(env: str) -> Published | None:
+    """The published file of an environment of this suite, if there is one."""
+    return next((entry for entry in TABLE if entry.env and _unversioned(entry.env) == _unversioned(env)), None)
+
+
 def folder() -> Path:
     """Where DSRL's files lie: $DSRL_DATASET_DIR or ~/.dsrl/datasets."""
     return Path(os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets").expanduser()
@@ -178,7 +183,7 @@ def load(
     entry = find(path.name) if named else next((e for e in TABLE if path.name == f"{e.name}.hdf5"), None)
     if entry is None:
         return dsrl.load(path, env=env, obs_size=obs_size, action_size=action_size)
-    if entry.env is None or _unversioned(entry.env) != _unversioned(env):
+    if published(env) != entry:
         recorded = f"recorded on {entry.suite}'s {entry.name.rsplit('-', 2)[0]}, not on {env}"
         here = f"use --env {entry.env}" if entry.env else "this suite has no such environment"
         raise DatasetError(f"{path}: {recorded}; {here}, or other data")

@@ -74,7 +74,15 @@ def test_a_collection_that_stops_leaves_no_file(elsewhere, monkeypatch):
     assert not [name for name in left(elsewhere) if name.endswith("hdf5")]
 
 
-@pytest.mark.parametrize(("name", "mend"), [("SafetyAntRun", "data.collect --env SafetyAntRun --train"), ("bullet/Own", "--dataset FILE")])
+MENDS = [
+    ("SafetyAntRun", "data.collect --env SafetyAntRun --train"),
+    ("bullet/SafetyDroneRun", "--dataset dsrl/SafetyDroneRun-v0"),
+    ("SafetyPointGoal2-v0", "--dataset dsrl/SafetyPointGoal2Gymnasium-v0"),
+    ("own_env:Own-v0", "--dataset FILE.*data.convert"),
+]
+
+
+@pytest.mark.parametrize(("name", "mend"), MENDS)
 def test_what_cannot_be_made_names_the_mend(elsewhere, monkeypatch, name, mend):
     monkeypatch.setattr(collect, "policies_path", lambda name: elsewhere / "nowhere")
     with pytest.raises(dsrl.DatasetError, match=mend) as error:
