@@ -10,7 +10,8 @@ licensed CC BY 4.0. It was recorded with safety-gymnasium 0.4.0 and bullet-safet
 
 Files lie in $DSRL_DATASET_DIR or ~/.dsrl/datasets, the folder that the `dsrl` package uses. DSRL publishes no checksums,
 so a download is checked against the size and SHA-256 that the hub announces with the file, and its SHA-256 is kept beside
-it as FILE.sha256, which every later use is compared with.
+it as FILE.sha256, which every later use is compared with. The package huggingface_hub resumes and caches as well, but does not
+compare what has arrived with its SHA-256 (its issues 2364 and 3643), so the download stands here.
 """
 
 import fcntl
