@@ -149,12 +149,13 @@ def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's expanded policy, which needs its critics and multiplier."""
     assert args.eval is not None
     arrays, meta = training.load_policy(args.eval)
-    env = envs.make(meta["env"], args.backend)
+    memory = meta["config"].get("odometer", False)
+    env = envs.make(meta["env"], args.backend, memory=memory)
     names = [name for name in arrays if name.startswith("critics/cost/") and name.endswith("Dense_0/kernel")]
     if not names or "multiplier" not in arrays:
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")
     if arrays[names[0]].shape[-2] > env.obs_size + env.action_size:
-        env = envs.make(meta["env"], args.backend, privileged=True)
+        env = envs.make(meta["env"], args.backend, privileged=True, memory=memory)
     limit = meta["config"].get("cost_limit", args.cost_limit)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
     own |= {name: meta["config"].get(name, getattr(args, name)) for name in ("cost_critics", "cost_pessimism", "symlog", "layer_norm")}

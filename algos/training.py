@@ -81,6 +81,8 @@ class ActorArgs:
     """hidden layers of actor and critics (release: 256 256)"""
     symlog: bool = True
     """networks see sign(x) log(1 + |x|) of each observation x (paper, release: x)"""
+    odometer: bool = False
+    """on the Run tasks all networks see how far the robot has gone sideways, by its own sensors (paper, release: no)"""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates.
     """
     privileged = getattr(args, "privileged_critic", False)
-    env = envs.make(args.env, args.backend, privileged=privileged)
+    env = envs.make(args.env, args.backend, privileged=privileged, memory=args.odometer)
     args = replace(args, env=env.name)
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
@@ -251,15 +253,16 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     roots = jax.vmap(jax.random.key)(jnp.array(seeds))
     if not dataset:
         return Run(args, env, Logbook(algo, env.name, asdict(args), seeds), roots)
-    loaded, about = public.load(
-        args.dataset or collect.provided(env.name), env=env.name, obs_size=env.obs_size, action_size=env.action_size
-    )
+    path, seen = args.dataset or collect.provided(env.name), env.obs_size - env.memory_size
+    loaded, about = public.load(path, env=env.name, obs_size=seen, action_size=env.action_size)
     path = about["path"]
     if args.terminals_are_timeouts:
         loaded = dsrl.as_timeouts(loaded)
     dsrl.check_episodes(loaded, path, env.horizon)
+    if env.memory_size:
+        loaded = remembering(loaded, env)
     if loaded.privileged is None or not privileged:
-        env = envs.make(args.env, args.backend)
+        env = envs.make(args.env, args.backend, memory=args.odometer)
     else:
         loaded = dsrl.widened(loaded, env.privileged_size, path)
     flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
@@ -268,6 +271,21 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit))
     return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()))
+
+
+def remembering(dataset: dsrl.Dataset, env: envs.Env) -> dsrl.Dataset:
+    """The dataset with what `env` remembers behind its observations, as `envs.make(..., memory=True)` observes."""
+
+    def one(memory, row):
+        obs, done = row
+        after = env.task.remember(memory, obs)
+        return jnp.where(done, 0.0, after), (memory, after)
+
+    rows = dataset.next_observations, dataset.terminals | dataset.timeouts
+    _, (before, after) = jax.jit(partial(jax.lax.scan, one))(jnp.zeros(env.memory_size), rows)
+    wide = lambda obs, memory: np.concatenate([obs, np.asarray(memory)], 1)
+    observations, next_observations = wide(dataset.observations, before), wide(dataset.next_observations, after)
+    return dataset._replace(observations=observations, next_observations=next_observations)
 
 
 def finish(run: Run, params: dict) -> None:
@@ -339,7 +357,7 @@ def load_policy(path: Path) -> tuple[dict, dict]:
 def replay_checkpoint(args) -> None:
     """--eval: prints return and cost of a checkpoint's policy."""
     arrays, meta = load_policy(args.eval)
-    env = envs.make(meta["env"], args.backend)
+    env = envs.make(meta["env"], args.backend, memory=meta["config"].get("odometer", False))
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
@@ -376,7 +394,7 @@ def train_on_dataset(learner, data: tuple[Batch, ...], key, step: Callable, batc
 
 
 # Arguments on which the rows of an offline checkpoint depend, whatever the algorithm.
-COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog offline_steps offline_batch_size offline_actor_lr".split()
+COMMON_RECIPE = "env cost_limit terminals_are_timeouts hidden symlog odometer offline_steps offline_batch_size offline_actor_lr".split()
 COMMON_RECIPE += "offline_actor_schedule offline_evals eval_episodes final_eval_rounds eval_policy".split()
 CRITIC_RECIPE = "layer_norm num_critics privileged_critic gamma tau reward_scale termination_cost offline_critic_lr".split()
 CRITIC_RECIPE += "cost_critics cost_pessimism clip_cost_target vae_hidden vae_beta".split()

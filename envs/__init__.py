@@ -82,7 +82,7 @@ def warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def make(name: str, backend: str | None = None, privileged: bool = False) -> Any:
+def make(name: str, backend: str | None = None, privileged: bool = False, memory: bool = False) -> Any:
     """The `Env` of `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here for
     the few environments of a training run: `mujoco` where JAX computes on a CPU, and beside a GPU where the host has CORES_ENOUGH; else
     `mjx`, or `warp` for FASTER_ON_WARP on an NVIDIA GPU).
@@ -101,7 +101,7 @@ def make(name: str, backend: str | None = None, privileged: bool = False) -> Any
     if backend == "mjx":
         from envs.physics_mjx import MjxPhysics
 
-        return Env(task, MjxPhysics(task.model(), task.substeps, task.forward, task.touching), backend, privileged)
+        return Env(task, MjxPhysics(task.model(), task.substeps, task.forward, task.touching), backend, privileged, memory)
     if backend == "warp":
         from envs import physics_warp
 
@@ -109,10 +109,10 @@ def make(name: str, backend: str | None = None, privileged: bool = False) -> Any
             physics = physics_warp.WarpPhysics(task.model(), task.substeps, task.forward, task.touching)
         except physics_warp.Unavailable as e:
             raise UnknownName(str(e)) from None
-        return Env(task, physics, backend, privileged)
+        return Env(task, physics, backend, privileged, memory)
     from envs.physics_mujoco import MujocoPhysics
 
-    return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward, task.tracked), backend, privileged)
+    return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward, task.tracked), backend, privileged, memory)
 
 
 def gym_make(name: str, num_envs: int | None = None, backend: str | None = None):

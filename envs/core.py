@@ -72,6 +72,7 @@ class Task:
     tracked: str | None = None  # the body that Readings.dbody is about
     reward_scale: float = 0.1  # what learners multiply rewards by: a step of a good policy is then worth about 0.1 to 0.3
     touching: tuple[str, ...] | None = None  # geoms that can touch the floor, if nothing else ever touches (None: unknown)
+    memory_size: int = 0  # numbers that `remember` keeps
 
     def model(self):
         """The compiled `mujoco.MjModel`."""
@@ -93,11 +94,17 @@ class Task:
         """(..., k) what the cost depends on but the observation lacks; for critics, never for policies."""
         return r.qpos[..., :0]
 
+    def remember(self, memory: jax.Array, obs: jax.Array) -> jax.Array:
+        """(..., memory_size) what an agent with a memory knows after `obs`, from what it knew before (zeros at the start of an
+        episode); of observations alone, so that a policy may see it. For `Env(..., memory=True)`."""
+        return memory
+
 
 class EnvState(NamedTuple):
     physics: Any
     t: jax.Array  # (...,) int32, steps taken in the episode
     key: jax.Array  # (...,) PRNG key for the coming resets
+    memory: jax.Array | None = None  # (..., memory_size)
 
 
 class Transition(NamedTuple):
@@ -117,10 +124,10 @@ def batched(function, key: jax.Array):
 
 
 class Env:
-    """A task on a physics. With `privileged=True` observations carry `task.privileged` behind their first
-    `obs_size` entries (for critics only; policies must slice it off)."""
+    """A task on a physics. With `memory=True` observations end with what the task remembers (Run: the odometer), if anything. With
+    `privileged=True` they carry `task.privileged` behind their first `obs_size` entries (for critics only; policies must slice it off)."""
 
-    def __init__(self, task: Task, physics: Physics, backend: str, privileged: bool = False):
+    def __init__(self, task: Task, physics: Physics, backend: str, privileged: bool = False, memory: bool = False):
         self.task, self.physics, self.backend = task, physics, backend
         self.name, self.horizon, self.reward_scale = task.name, task.horizon, task.reward_scale
         model = task.model()
@@ -128,25 +135,33 @@ class Env:
         self.action_size = int(model.nu)
         self._privileged = privileged
         shapes = Readings(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (model.nq, model.nv, model.nq, model.nsensordata)))
-        self.obs_size = jax.eval_shape(task.observe, shapes).shape[-1]
+        self.memory_size = task.memory_size if memory else 0
+        self.obs_size = jax.eval_shape(task.observe, shapes).shape[-1] + self.memory_size
         self.privileged_size = jax.eval_shape(task.privileged, shapes).shape[-1] if privileged else 0
 
-    def _observe(self, r: Readings) -> jax.Array:
-        obs = self.task.observe(r)
-        return jnp.concatenate([obs, self.task.privileged(r)], -1) if self._privileged else obs
+    def _observe(self, r: Readings, memory: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """(observation, memory after it), from the memory before it; None at the start of an episode."""
+        obs, parts = self.task.observe(r), []
+        if self.memory_size:
+            blank = jnp.zeros((*obs.shape[:-1], self.memory_size))
+            memory = blank if memory is None else self.task.remember(memory, obs)
+            parts.append(memory)
+        if self._privileged:
+            parts.append(self.task.privileged(r))
+        return (jnp.concatenate([obs, *parts], -1) if parts else obs), memory
 
     def _start(self, key: jax.Array, where: jax.Array):
         qpos, qvel = batched(self.task.initial, key)
         physics, readings = self.physics.reset(qpos, qvel, where)
-        return physics, self._observe(readings)
+        return physics, *self._observe(readings, None)
 
     def reset(self, key: jax.Array) -> tuple[EnvState, jax.Array]:
         """Starts an episode per key: key (...,) typed, or (..., 2) raw uint32."""
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         first, later = jnp.moveaxis(batched(jax.random.split, key), -1, 0)
-        physics, obs = self._start(first, jnp.ones(key.shape, bool))
-        return EnvState(physics, jnp.zeros(key.shape, jnp.int32), later), obs
+        physics, obs, memory = self._start(first, jnp.ones(key.shape, bool))
+        return EnvState(physics, jnp.zeros(key.shape, jnp.int32), later, memory), obs
 
     def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Transition]:
         """One step; actions (..., action_size) outside the actuators' range are clipped to it."""
@@ -156,10 +171,11 @@ class Env:
         t = state.t + 1
         truncated = t >= self.horizon
         done = terminated | truncated
-        next_obs = self._observe(readings)
+        next_obs, memory = self._observe(readings, state.memory)
 
         first, later = jnp.moveaxis(batched(jax.random.split, state.key), -1, 0)
-        fresh, fresh_obs = self._start(first, done)
+        fresh, fresh_obs, blank = self._start(first, done)
         pick = lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - done.ndim)), new, old)
-        state = EnvState(jax.tree.map(pick, fresh, physics), jnp.where(done, 0, t), jnp.where(done, later, state.key))
+        physics, memory = jax.tree.map(pick, (fresh, blank), (physics, memory))
+        state = EnvState(physics, jnp.where(done, 0, t), jnp.where(done, later, state.key), memory)
         return state, Transition(pick(fresh_obs, next_obs), next_obs, reward, cost, terminated, truncated)

@@ -11,6 +11,7 @@ class Run(Task):
     """Reward: 60 times the decrease of the distance to (0, -1000), per metre. Cost: 1 where |x| > 0.5 m."""
 
     horizon, substeps = 500, 10
+    memory_size = 1
     cost = "|x| > 0.5 m"
     goal, per_metre, half_width = jnp.array([0.0, -1000.0]), 60.0, 0.5
 
@@ -41,3 +42,16 @@ class Run(Task):
 
     def privileged(self, r):
         return r.qpos[..., :1]
+
+    def remember(self, memory, obs):
+        """The odometer: how far the robot has gone along x since the start, m, by its own velocimeter and magnetometer.
+
+        MuJoCo's magnetic field is (0, -0.5, 0), so the magnetometer reads -0.5 times the world's y axis in the body's frame; the x axis
+        lies square to it in the body's own plane. A Point and a Car stay level, and the odometer is off by less than 1 cm after 500 steps.
+        An Ant sways: 0.2 m.
+        """
+        velocity, field = obs[..., 3:6], obs[..., 9:12]
+        across = (velocity[..., 1] * field[..., 0] - velocity[..., 0] * field[..., 1]) / jnp.maximum(
+            jnp.linalg.norm(field[..., :2], axis=-1), 0.05
+        )
+        return memory + (self.model().opt.timestep * self.substeps) * across[..., None]

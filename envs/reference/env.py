@@ -37,7 +37,7 @@ class ReferenceEnv:
     its seed, for a caller that sets the clock back.
     """
 
-    privileged_size = 0
+    privileged_size = memory_size = 0
 
     def __init__(self, name: str, backend: str, pool: Pool):
         self.name, self.backend, self._pool = name, backend, pool
