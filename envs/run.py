@@ -47,8 +47,8 @@ class Run(Task):
         """The odometer: how far the robot has gone along x since the start, m, by its own velocimeter and magnetometer.
 
         MuJoCo's magnetic field is (0, -0.5, 0), so the magnetometer reads -0.5 times the world's y axis in the body's frame; the x axis
-        lies square to it in the body's own plane. A Point and a Car stay level, and the odometer is off by less than 1 cm after 500 steps.
-        An Ant sways: 0.2 m.
+        lies square to it in the body's own plane. At the end of the datasets' episodes its root-mean-square error is 4 mm (Point), 9 mm
+        (Car) and, because its body sways, 15 cm (Ant).
         """
         velocity, field = obs[..., 3:6], obs[..., 9:12]
         across = (velocity[..., 1] * field[..., 0] - velocity[..., 0] * field[..., 1]) / jnp.maximum(

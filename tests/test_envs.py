@@ -12,6 +12,8 @@ import pytest
 from scipy import stats
 
 import envs
+from algos import training
+from data import dsrl
 from envs import core, parity, physics_mujoco
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.npz"))
@@ -450,6 +452,53 @@ def test_privileged_observations_append_x_where_the_cost_depends_on_it():
         np.testing.assert_array_equal(more_transition.obs[:, 12], x)
     assert np.asarray(transition.truncated).tolist() == [True, False, False]
     assert np.asarray(more_transition.next_obs != more_transition.obs)[:, 12].tolist() == [True, False, False]
+
+
+def test_the_odometer_is_the_sideways_way_by_hand():
+    """Body velocities in world headings 0, 90 and 90 degrees: x advances by dt times 1, 0 and -1."""
+    task = envs.TASKS[POINT]
+    obs = np.zeros((3, 12), np.float32)
+    obs[:, 3:6] = [[1, 0, 9], [1, 0, 0], [0, 1, 0]]
+    obs[:, 9:12] = [[0, -0.5, 0], [-0.5, 0, 0], [-0.5, 0, 0]]  # the field (0, -0.5, 0) as the turned body sees it
+    found = jax.jit(jax.vmap(task.remember))(jnp.array([[0.25], [0.0], [0.0]]), obs)
+    np.testing.assert_allclose(found[:, 0], [0.25 + 0.02, 0.0, -0.02], atol=1e-7)
+
+
+@pytest.mark.parametrize(("task", "error"), [(POINT, 0.005), (CAR, 0.01), (ANT, 0.065)])
+def test_the_odometer_follows_x_without_seeing_it(task, error):
+    """Over 100 steps of a scan; it starts again at zero where an episode does, and stands between observation and x."""
+    env = envs.make(task, privileged=True, memory=True)
+    plain = made(task)[0]
+    assert (env.obs_size, env.memory_size, env.privileged_size) == (plain.obs_size + 1, 1, 1) and plain.memory_size == 0
+    state, first = env.reset(jax.random.split(jax.random.key(5), 8))
+    held = jnp.repeat(actions(env, 10, 8), 10, 0)  # held for ten steps each, to get somewhere
+
+    def step(state, action):
+        state, transition = env.step(state, action)
+        return state, transition
+
+    _, t = jax.jit(lambda s, a: jax.lax.scan(step, s._replace(t=s.t + 430), a))(state, held)  # episodes end in the 70th step
+    ended = np.asarray(t.terminated | t.truncated)
+    assert ended[69].all() or task == ANT
+    odometer, x = np.asarray(t.next_obs)[..., -2], np.asarray(t.next_obs)[..., -1]
+    before = np.concatenate([first[None], t.obs[:-1]])  # what each step was taken from
+    start = np.zeros((101, 8))
+    start[0] = np.asarray(first)[:, -1]
+    for i in range(100):
+        start[i + 1] = np.where(ended[i], np.asarray(t.obs)[i, :, -1], start[i])
+    rms = lambda x: np.sqrt(np.mean(np.square(x)))
+    assert rms(odometer - (x - start[:100])) < error < rms(x - start[:100])
+    fresh = np.concatenate([np.ones((1, 8), bool), ended[:-1]])
+    assert (before[..., -2][fresh] == 0).all() and (before[..., -2][~fresh] != 0).all()
+    # a dataset's transitions, which hold no memory, are given the same
+    flat = lambda x: np.asarray(x).swapaxes(0, 1).reshape(800, -1)
+    n = env.obs_size - 1
+    ends = flat(t.terminated), flat(t.truncated)
+    ends[1][99::100] = ~ends[0][99::100]  # rows follow one another
+    columns = flat(before)[:, :n], flat(t.next_obs)[:, :n], flat(held), flat(t.reward)[:, 0], flat(t.cost)[:, 0]
+    wide = training.remembering(dsrl.Dataset(*columns, *(x[:, 0].astype(bool) for x in ends)), env)
+    np.testing.assert_allclose(wide.observations, flat(before)[:, : n + 1], atol=1e-6)
+    np.testing.assert_allclose(wide.next_observations, flat(t.next_obs)[:, : n + 1], atol=1e-6)
 
 
 def test_host_functions_see_numpy_arrays_and_batches_in_front():
