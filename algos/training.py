@@ -246,7 +246,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     """
     privileged = getattr(args, "privileged_critic", False)
     env = envs.make(args.env, args.backend, privileged=privileged, memory=args.odometer)
-    args = replace(args, env=env.name)
+    args = replace(args, env=env.name, odometer=env.memory_size > 0)
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))
