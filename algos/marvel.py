@@ -42,7 +42,8 @@ Those of phase 1 are in cpq.py.
    unsafe state, and lambda alone must hold the policy back.
 15 (P, R) A batch of episodes counts as at most 2 d' of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
    --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
-16 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
+16 (P, R) On the Run tasks all networks see the odometer (--no-odometer): cpq.py, 12.
+17 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
 Two repairs of the released code have no switch: time-outs never stop the bootstrap, and every phase starts with fresh optimisers.
 """
 

@@ -81,7 +81,7 @@ class ActorArgs:
     """hidden layers of actor and critics (release: 256 256)"""
     symlog: bool = True
     """networks see sign(x) log(1 + |x|) of each observation x (paper, release: x)"""
-    odometer: bool = False
+    odometer: bool = True
     """on the Run tasks all networks see how far the robot has gone sideways, by its own sensors (paper, release: no)"""
 
 
@@ -246,7 +246,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     """
     privileged = getattr(args, "privileged_critic", False)
     env = envs.make(args.env, args.backend, privileged=privileged, memory=args.odometer)
-    args = replace(args, env=env.name, odometer=env.memory_size > 0)
+    args = replace(args, env=env.name)
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))

@@ -47,7 +47,7 @@ class Behaviour(NamedTuple):
 
 COMMON = (
     "--lagrangian pid --hidden 128 128 --batch-size 256 --updates-per-block 64 --eval-episodes 10 --final-eval-rounds 1 "
-    "--kp 0.001 --kd 0.0 --reserve 0 --snapshots"
+    "--kp 0.001 --kd 0.0 --reserve 0 --no-odometer --snapshots"
 )
 SIXTEEN = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 2 --ki 0.0003"
 MANY = "--num-envs 32 --steps-per-block 8 --episodes-per-iter 32 --max-multiplier 2 --ki 0.0003"

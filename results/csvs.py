@@ -55,6 +55,7 @@ LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
     "": ("the suite: all three", "", "cpq"),
     "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", None),
     "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", None),
+    "lost": ("the suite, without the odometer", "--no-odometer", None),
     "blind": ("the suite, critics that do not see x", "--no-privileged-critic", None),
 }
 for _rung, (_, _arguments, _offline) in LADDER.items():
