@@ -20,8 +20,8 @@ def _on_mujoco_warning(message: str) -> None:
 
 
 # Left alone, MuJoCo prints its warnings and appends them to MUJOCO_LOG.TXT in the working directory. The handler is the
-# whole process's, so one that somebody set before stays. Installed here because every module that loads a model imports
-# this one first. It is called in whichever thread steps, with the GIL held; `logging` locks for itself.
+# whole process's, so one that somebody set before stays. Installed here because `import envs` imports this module, and models
+# are loaded after that. It is called in whichever thread steps, with the GIL held; `logging` locks for itself.
 if mujoco.get_mju_user_warning() is None:
     mujoco.set_mju_user_warning(_on_mujoco_warning)
 
