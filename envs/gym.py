@@ -1,4 +1,7 @@
-"""Environments of this suite as gymnasium's (`envs.gym_make`), for other suites to train on; the cost is in info["cost"]."""
+"""Environments of this suite as gymnasium's (`envs.gym_make`), for other suites to train on; the cost is in info["cost"].
+
+Written for gymnasium 0.29 and 1.x, which differ in vector environments.
+"""
 
 from functools import cache
 
@@ -8,8 +11,13 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import batch_space
 
 import envs
+
+OLD_GYMNASIUM = hasattr(VectorEnv, "step_wait")  # below 1.0
+FINAL_OBS = "final_observation" if OLD_GYMNASIUM else "final_obs"
 
 
 @cache
@@ -59,16 +67,24 @@ class GymEnv(gymnasium.Env):
         return np.array(t.next_obs), float(t.reward), terminated, truncated, {"cost": float(t.cost)}
 
 
-class GymVectorEnv(gymnasium.vector.VectorEnv):
-    """`num_envs` environments stepped as one batch, which start again by themselves.
+class GymVectorEnv(VectorEnv):
+    """`num_envs` environments stepped as one batch, which start again by themselves, in the step that ended an episode.
 
-    info["cost"] (num_envs,) holds every environment's cost, also where an episode ended; there info["final_observation"] and
-    info["final_info"] hold what the last step gave, as in gymnasium's own vector environments.
+    info["cost"] (num_envs,) holds every environment's cost, also where an episode ended. There info["final_obs"] (gymnasium 0.29:
+    "final_observation") and info["final_info"] hold what the last step gave, as in gymnasium's own vector environments.
     """
+
+    metadata: dict = {"render_modes": []}
+    if not OLD_GYMNASIUM:
+        metadata["autoreset_mode"] = gymnasium.vector.AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
 
     def __init__(self, name: str, num_envs: int, backend: str | None = None):
         self._env, self._reset, self._step = _made(name, backend)
-        super().__init__(num_envs, *_spaces(self._env))
+        observation, action = _spaces(self._env)
+        if OLD_GYMNASIUM:
+            super().__init__(num_envs, observation, action)
+        self.num_envs, self.single_observation_space, self.single_action_space = num_envs, observation, action
+        self.observation_space, self.action_space = batch_space(observation, num_envs), batch_space(action, num_envs)
         self.spec = _spec(name, backend, self._env.horizon)
         self._state = None
 
@@ -94,14 +110,14 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
     def step_wait(self):
         self._state, t = self._step(self._state, self._actions)
         terminated, truncated, info = np.array(t.terminated), np.array(t.truncated), self._info(np.array(t.cost))
-        done = terminated | truncated
-        if done.any():
-            for key in ("final_observation", "final_info"):
-                info |= {key: np.full(self.num_envs, None, object), f"_{key}": done}
-            for i in np.flatnonzero(done):
-                info["final_observation"][i] = np.array(t.next_obs[i])
-                info["final_info"][i] = {"cost": float(t.cost[i])}
+        for i in np.flatnonzero(terminated | truncated):
+            info = self._add_info(info, {FINAL_OBS: np.array(t.next_obs[i]), "final_info": {"cost": float(t.cost[i])}}, i)
         return np.array(t.obs), np.array(t.reward), terminated, truncated, info
+
+    def step(self, actions):
+        """obs, reward, terminated, truncated, info; actions (num_envs, action_size)."""
+        self.step_async(actions)
+        return self.step_wait()
 
 
 def make(name: str, num_envs: int | None, backend: str | None) -> GymEnv | GymVectorEnv:

@@ -1,17 +1,22 @@
 """envs.gym_make: the native tasks as gymnasium's environments."""
 
 import warnings
+from pathlib import Path
 
 import gymnasium
 import jax
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.passive_env_checker import env_reset_passive_checker
 
 import envs
+from envs.velocity import ASSETS, Velocity
 
 HOPPER = "SafetyHopperVelocity"
+OLD = gymnasium.__version__.startswith("0.")
+FINAL_OBS = "final_observation" if OLD else "final_obs"
 
 
 @pytest.mark.parametrize("task", [t if t == "SafetyPointRun" else pytest.param(t, marks=pytest.mark.slow) for t in envs.TASKS])
@@ -19,7 +24,7 @@ def test_gymnasiums_own_checker_passes(task):
     env = envs.gym_make(task)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*Box observation space .* value is -infinity")  # ours is unbounded
+        warnings.filterwarnings("ignore", message=".*Box observation space .* value is -?infinity")  # ours is unbounded
         check_env(env)
         env_reset_passive_checker(env)
     assert env.spec.max_episode_steps == envs.TASKS[task].horizon
@@ -73,14 +78,56 @@ def test_vector_environment_runs_the_same_episodes_and_restarts():
         if not before[1]:
             alone, reward_alone, terminated_alone, _, info_alone = single.step(actions[1])
             assert (reward_alone, terminated_alone, info_alone["cost"]) == (reward[1], terminated[1], info["cost"][1])
-            np.testing.assert_array_equal(info["final_observation"][1] if terminated[1] else obs[1], alone)
+            np.testing.assert_array_equal(info[FINAL_OBS][1] if terminated[1] else obs[1], alone)
             if terminated[1]:
-                assert info["final_info"][1] == info_alone and info["_final_observation"][1]
+                final = info["final_info"]
+                assert (final[1] if OLD else {"cost": final["cost"][1]}) == info_alone and info[f"_{FINAL_OBS}"][1]
         for i in np.flatnonzero(~(terminated | truncated)):
-            assert not any(key in info and info[key][i] for key in ("_final_observation", "_final_info"))
+            assert not any(key in info and info[key][i] for key in (f"_{FINAL_OBS}", "_final_info"))
     assert ended.min() > 1
     np.testing.assert_array_equal(vector.reset(seed=[8, 7, 6])[0][2], first)
     assert not np.array_equal(vector.reset()[0][2], first)
+
+
+def test_restarts_are_announced_and_told_as_gymnasium_tells_them():
+    """The same step of gymnasium's own vector environment, over the single ones, gives the same keys, types and numbers."""
+    vector = envs.gym_make(HOPPER, num_envs=3)
+    own = {} if OLD else {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    assert {k: v for k, v in vector.metadata.items() if k != "render_modes"} == own
+    theirs = gymnasium.vector.SyncVectorEnv([lambda: envs.gym_make(HOPPER)] * 3, **own)
+    vector.reset(seed=4), theirs.reset(seed=4)
+    for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+        assert getattr(vector, space) == getattr(theirs, space)
+    rng, done = np.random.default_rng(0), np.zeros(3, bool)
+    while not done.any():  # later episodes begin with other draws
+        actions = rng.uniform(-1, 1, (3, 3)).astype(np.float32)
+        (obs, *numbers, info), (obs_theirs, *numbers_theirs, info_theirs) = vector.step(actions), theirs.step(actions)
+        done = numbers[1] | numbers[2]
+        np.testing.assert_array_equal(obs[~done], obs_theirs[~done])
+        for ours, gymnasiums in zip(numbers, numbers_theirs):
+            np.testing.assert_array_equal(ours, np.float32(gymnasiums))
+    assert info.keys() == info_theirs.keys()
+    for key in (FINAL_OBS, f"_{FINAL_OBS}", "final_info", "_final_info"):
+        ours, gymnasiums = (list(x) if isinstance(x, np.ndarray) else x for x in (info[key], info_theirs[key]))
+        np.testing.assert_equal(ours, gymnasiums)
+    vector.close(), theirs.close()
+
+
+@pytest.mark.parametrize("task", [t for t in envs.TASKS.values() if isinstance(t, Velocity)], ids=lambda t: t.name)
+def test_our_copies_of_gymnasiums_robots_are_the_installed_ones(task):
+    """Otherwise safety-gymnasium's Velocity tasks, which stand on the installed gymnasium, are not the native ones any more."""
+    own, path = (ASSETS / task.xml).read_text(), Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / task.xml
+    ours, theirs = (mujoco.MjModel.from_xml_string(xml.replace('collision="predefined"', "")) for xml in (own, path.read_text()))
+    if task.name == "SafetySwimmerVelocity":  # the option meant that nothing touches; gymnasium 1.x says it otherwise
+        for model in (ours, theirs):
+            model.geom_contype[:] = model.geom_conaffinity[:] = 0
+    broad = ("body_bvh", "body_con")  # which pairs are looked at for contacts, from the geoms' own
+    names = [n for n in dir(ours) if n.startswith(("qpos", "body_", "jnt_", "dof_", "geom_", "actuator_")) and not n.startswith(broad)]
+    for name in names:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    for name in ("timestep", "integrator", "gravity", "density", "viscosity"):
+        np.testing.assert_array_equal(getattr(ours.opt, name), getattr(theirs.opt, name), err_msg=name)
+    assert len(names) > 100
 
 
 def test_misuse_is_refused():

@@ -1,8 +1,7 @@
 """Imports safety_gymnasium 1.0.0, the newest release (2023), under today's Python, numpy and mujoco.
 
 Call `safety_gymnasium()` in place of `import safety_gymnasium`. Each patch names its cause upstream and is applied only where the
-installed versions need it. gymnasium must stay below 1.0, which removed `gymnasium.wrappers.compatibility` (requirements.txt).
-Needs no JAX: the workers (worker.py) import this.
+installed versions need it: gymnasium may be 0.29 or 1.x. Needs no JAX: the workers (worker.py) import this.
 """
 
 import dataclasses
@@ -14,10 +13,15 @@ import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import mujoco
 import numpy as np
 import xmltodict
+from gymnasium.envs import registration
+
+OLD_GYMNASIUM = importlib.util.find_spec("gymnasium.wrappers.compatibility") is not None  # below 1.0
 
 
 @contextmanager
@@ -41,20 +45,62 @@ def _array_defaults():
 
 
 @contextmanager
-def _no_multi_agent():
-    """Importing the package imports gymnasium_robotics, for a base class of its multi-agent tasks only: stand in for it."""
-    if importlib.util.find_spec("gymnasium_robotics") is not None:
-        yield
-        return
-    leaf = "gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi"
-    names = [leaf.rsplit(".", i)[0] for i in range(leaf.count(".") + 1)]
-    sys.modules |= {name: types.ModuleType(name) for name in names}
-    sys.modules[leaf].MultiAgentMujocoEnv = object
+def _stand_ins(modules: dict[str, dict[str, object]]):
+    """Modules {name: {attribute: value}} that can be imported while this lasts."""
+    for name, attributes in modules.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
     try:
         yield
     finally:
-        for name in names:
+        for name in modules:
             del sys.modules[name]
+
+
+def _no_multi_agent():
+    """Importing the package imports gymnasium_robotics, for a base class of its multi-agent tasks only: stand in for it."""
+    if importlib.util.find_spec("gymnasium_robotics") is not None:
+        return _stand_ins({})
+    leaf = "gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi"
+    names = [leaf.rsplit(".", i)[0] for i in range(leaf.count(".") + 1)]
+    return _stand_ins({name: {"MultiAgentMujocoEnv": object} if name == leaf else {} for name in names})
+
+
+def _moved_wrappers():
+    """gymnasium 1.0 removed EnvCompatibility, which no task here uses, and put its wrappers into other modules."""
+    if OLD_GYMNASIUM:
+        return _stand_ins({})
+    from gymnasium import wrappers
+    from gymnasium.wrappers.utils import RunningMeanStd
+
+    normalize = {"NormalizeObservation": wrappers.NormalizeObservation, "NormalizeReward": wrappers.NormalizeReward}
+    modules = {
+        "autoreset": {"AutoResetWrapper": wrappers.Autoreset},
+        "compatibility": {"EnvCompatibility": object},
+        "env_checker": {"PassiveEnvChecker": wrappers.PassiveEnvChecker},
+        "normalize": normalize | {"RunningMeanStd": RunningMeanStd},
+        "time_limit": {"TimeLimit": wrappers.TimeLimit},
+    }
+    return _stand_ins({f"gymnasium.wrappers.{name}": attributes for name, attributes in modules.items()})
+
+
+def _make(id: str, max_episode_steps: int | None = None, disable_env_checker: bool | None = None, **kwargs) -> gymnasium.Env:
+    """What the package's `make` does for its own tasks; that reads fields of EnvSpec which gymnasium 1.0 removed.
+
+    It gives the six-tuple (obs, reward, cost, terminated, truncated, info), for which gymnasium's own `make` has no time limit.
+    """
+    from safety_gymnasium import wrappers
+
+    spec = registration.registry[id]
+    assert isinstance(spec.entry_point, str)
+    env: Any = registration.load_env_creator(spec.entry_point)(**spec.kwargs | kwargs)
+    env.unwrapped.spec = dataclasses.replace(spec, kwargs=spec.kwargs | kwargs)
+    if disable_env_checker is False or (disable_env_checker is None and not spec.disable_env_checker):
+        env = wrappers.SafePassiveEnvChecker(env)
+    if spec.order_enforce:
+        env = gymnasium.wrappers.OrderEnforcing(env)
+    limit = max_episode_steps or spec.max_episode_steps
+    return env if limit is None else wrappers.SafeTimeLimit(env, limit)
 
 
 def _joint_by_array() -> None:
@@ -80,10 +126,11 @@ def _float_of_array() -> None:
 
 
 def _gymnasium_robots() -> None:
-    """Two things that mujoco 3 changed for the robots of gymnasium 0.29.1 (envs/mujoco), on which the Velocity tasks stand.
+    """Two things that mujoco 3 changed for the robots of gymnasium (envs/mujoco), on which the Velocity tasks stand.
 
     The margins of two geoms now add up where the larger counted: the robots' geoms have one margin each, so with half of it
-    contacts begin where they did. And `<option collision="predefined">` is gone: Swimmer has it and no pairs, so no contacts.
+    contacts begin where they did. And `<option collision="predefined">` is gone: gymnasium 0.29's Swimmer has it and no pairs, so no
+    contacts; 1.x's says so with its geoms.
     """
     from gymnasium.envs.mujoco import mujoco_env
 
@@ -137,8 +184,10 @@ def safety_gymnasium() -> types.ModuleType:
     if mujoco.get_mju_user_warning() is None:  # left alone, MuJoCo writes MUJOCO_LOG.TXT into the working directory
         mujoco.set_mju_user_warning(lambda message: logging.getLogger("mujoco").debug(message.strip()))
     _joint_by_array()
-    with _array_defaults(), _no_multi_agent():
+    with _array_defaults(), _no_multi_agent(), _moved_wrappers():
         import safety_gymnasium as package
+    if not OLD_GYMNASIUM:
+        package.make = _make
     _float_of_array()
     _gymnasium_robots()
     _no_sky()
