@@ -45,12 +45,13 @@ from tqdm import tqdm
 
 from algos import curves
 from data import dsrl
-from envs import TASKS, UnknownName
+from envs import TASKS, UnknownName, folder, reference
 from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where, what to replay, and how often to save: the results do not depend on these. The dataset counts by its hash.
 NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "dataset", "resume", "checkpoint_seconds")
+IF_GIVEN = ("horizon",)  # part of a configuration only where there is one
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
     "multiplier kp ki kd "
@@ -143,7 +144,7 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
 def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
-    Exit code 2 for bad input, before anything is written; 1 if the disk is full or every seed diverged.
+    Exit code 2 for bad input, before anything is written; 1 if the disk is full, a simulator failed or every seed diverged.
     """
     try:
         main(parse(args_class, words, presets))
@@ -151,6 +152,11 @@ def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None,
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
+    except jax.errors.JaxRuntimeError:
+        if not reference.failures:
+            raise
+        print(f"error: {reference.failures[0]}: mend it and go on with --resume", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -276,7 +282,7 @@ def restore(template, arrays: dict[str, np.ndarray], source: str, prefix: str = 
 
 def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Path:
     """Where the offline checkpoint of a seed lies; `recipe` is all that it depends on."""
-    return runs / env / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
+    return runs / folder(env) / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
 
 
 def load_seeds(paths: list[Path], template: dict):
@@ -307,8 +313,8 @@ class Logbook:
         self.seeds, self._every = seeds, config["checkpoint_seconds"]
         if dataset and Path(dataset["path"]).is_relative_to(ROOT):  # a path that means the same on other machines
             dataset = dataset | {"path": str(Path(dataset["path"]).relative_to(ROOT))}
-        runs, wants_resume = config["runs"] / env / algo, config["resume"]
-        config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION}
+        runs, wants_resume = config["runs"] / folder(env) / algo, config["resume"]
+        config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION and (k not in IF_GIVEN or v is not None)}
         packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,

@@ -149,8 +149,8 @@ def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's expanded policy, which needs its critics and multiplier."""
     assert args.eval is not None
     arrays, meta = training.load_policy(args.eval)
-    memory = meta["config"].get("odometer", False)
-    env = envs.make(meta["env"], args.backend, memory=memory)
+    horizon, memory = args.horizon or meta["config"].get("horizon"), meta["config"].get("odometer", False)
+    env = envs.make(meta["env"], args.backend, memory=memory, horizon=horizon)
     names = [name for name in arrays if name.startswith("critics/cost/") and name.endswith("Dense_0/kernel")]
     if not names or "multiplier" not in arrays:
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")

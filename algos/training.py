@@ -22,7 +22,7 @@ from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
 from algos.seeds import vmap_seeds
 from data import collect, dsrl, public
 from data.replay import sample
-from envs import render
+from envs import reference, render
 from envs.rollout import Batch, evaluate
 
 CHUNK = 500  # gradient steps on a dataset between two rows of progress.csv
@@ -36,7 +36,7 @@ class RunArgs:
     """run"""
 
     env: str = "SafetyAntRun"
-    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    """task: a name of envs.TASKS, a Safety-Gymnasium id, or module:id, an environment of your own (envs/README.md)"""
     seed: int = 0
     """first seed"""
     seeds: int = 1
@@ -45,6 +45,8 @@ class RunArgs:
     """d, undiscounted cost per episode (Marvel: 20); inf: no constraint"""
     backend: str | None = None
     """physics backend (default: the fastest here)"""
+    horizon: int | None = None
+    """for an environment of your own: steps after which an episode is cut off (default: its max_episode_steps)"""
     runs: Path = logbook.ROOT / "runs"
     """where run folders and offline checkpoints go"""
     resume: bool = False
@@ -245,8 +247,8 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates.
     """
     privileged = getattr(args, "privileged_critic", False)
-    env = envs.make(args.env, args.backend, privileged=privileged, memory=args.odometer)
-    args = replace(args, env=env.name)
+    env = envs.make(args.env, args.backend, privileged, args.odometer, args.horizon)
+    args = replace(args, env=env.name, horizon=env.horizon if reference.own(env.name) else None)
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
     seeds = list(range(args.seed, args.seed + args.seeds))
@@ -261,7 +263,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     dsrl.check_episodes(loaded, path, env.horizon)
     if env.memory_size:
         loaded = remembering(loaded, env)
-    if loaded.privileged is None or not privileged:
+    if env.privileged_size and loaded.privileged is None:
         env = envs.make(args.env, args.backend, memory=args.odometer)
     else:
         loaded = dsrl.widened(loaded, env.privileged_size, path)
@@ -357,7 +359,8 @@ def load_policy(path: Path) -> tuple[dict, dict]:
 def replay_checkpoint(args) -> None:
     """--eval: prints return and cost of a checkpoint's policy."""
     arrays, meta = load_policy(args.eval)
-    env = envs.make(meta["env"], args.backend, memory=meta["config"].get("odometer", False))
+    memory, horizon = meta["config"].get("odometer", False), args.horizon or meta["config"].get("horizon")
+    env = envs.make(meta["env"], args.backend, memory=memory, horizon=horizon)
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
@@ -414,6 +417,7 @@ def pretrain(
     """
     args, log = run.args, run.log
     about = {name: asdict(args)[name] for name in recipe} | {"dataset": run.dataset_hash, "version": version}
+    about |= {"horizon": args.horizon} if args.horizon else {}
     paths = [logbook.offline_path(args.runs, run.env.name, algo, about, seed) for seed in log.seeds]
     learner = vmap_seeds(init)(run.keys("init"))
     if all(path.exists() for path in paths) and not log.resuming("offline"):

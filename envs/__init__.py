@@ -13,7 +13,8 @@ from envs.core import Env, EnvState, Readings, Task, Transition
 from envs.robots import Ant, Car, Point
 from envs.run import Run
 
-__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Task", "Transition", "UnknownName", "gym_make", "make", "resolve"]
+__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Task", "Transition", "UnknownName"]
+__all__ += ["folder", "gym_make", "make", "resolve"]
 
 ROBOTS = (Point(), Car(), Ant())
 TASKS: dict[str, Task] = {
@@ -52,7 +53,12 @@ def resolve(name: str) -> str:
         return names[name]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise UnknownName(f"unknown environment {name!r}.{hint} Known: {', '.join(TASKS)}")
+    raise UnknownName(f"unknown environment {name!r}.{hint} Known: {', '.join(TASKS)}; one of your own: module:id (envs/README.md)")
+
+
+def folder(name: str) -> str:
+    """An environment's name as a relative path: `module:id` as module/id, as a colon is not a file name's everywhere."""
+    return name.replace(":", "/")
 
 
 def fastest(name: str) -> str:
@@ -82,19 +88,25 @@ def warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def make(name: str, backend: str | None = None, privileged: bool = False, memory: bool = False) -> Any:
+def make(name: str, backend: str | None = None, privileged: bool = False, memory: bool = False, horizon: int | None = None) -> Any:
     """The `Env` of `name` (a key of TASKS or a Safety-Gymnasium id) on a physics backend (None: the fastest here for
     the few environments of a training run: `mujoco` where JAX computes on a CPU, and beside a GPU where the host has CORES_ENOUGH; else
     `mjx`, or `warp` for FASTER_ON_WARP on an NVIDIA GPU).
 
-    `bullet/` names and Safety-Gymnasium ids without a native task give the package's own simulator (reference/env.py).
+    `bullet/` names and Safety-Gymnasium ids without a native task give the package's own simulator (reference/env.py), and `module:id`
+    (or `gym:id`) gives an environment registered with gymnasium, cut off after `horizon` steps (None: as it is registered).
+
+    Raises:
+      UnknownName: no such environment or backend, it cannot run here, or a horizon for one that has its own. One line.
     """
     native = {*TASKS, *(task.reference_id for task in TASKS.values())}
     if reference.wanted(name, backend, native):
         from envs.reference.env import make as make_reference
 
-        return make_reference(name, backend)
+        return make_reference(name, backend, horizon)
     task = TASKS[resolve(name)]
+    if horizon is not None:
+        raise UnknownName(f"{task.name} ends after {task.horizon} steps: --horizon is for environments named module:id (envs/README.md)")
     backend = backend or fastest(task.name)
     if backend not in BACKENDS:
         raise UnknownName(f"unknown backend {backend!r}. Known: {', '.join(BACKENDS)}")

@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print("An environment of your own, registered with gymnasium: --env module:id. envs/README.md says what it must do.")
 
 
 if __name__ == "__main__":

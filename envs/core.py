@@ -133,11 +133,11 @@ class Env:
         model = task.model()
         self.action_low, self.action_high = model.actuator_ctrlrange.T.astype("float32")
         self.action_size = int(model.nu)
-        self._privileged = privileged
         shapes = Readings(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (model.nq, model.nv, model.nq, model.nsensordata)))
         self.memory_size = task.memory_size if memory else 0
         self.obs_size = jax.eval_shape(task.observe, shapes).shape[-1] + self.memory_size
         self.privileged_size = jax.eval_shape(task.privileged, shapes).shape[-1] if privileged else 0
+        self._privileged = self.privileged_size > 0
 
     def _observe(self, r: Readings, memory: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """(observation, memory after it), from the memory before it; None at the start of an episode."""

@@ -4,7 +4,7 @@
 
 Both take a policy (obs (episodes, obs_size), key) -> actions (episodes, action_size). OpenGL is imported by `video` alone:
 through EGL (a GPU's, or Mesa's), else OSMesa; MUJOCO_GL=egl, osmesa or glfw decides instead. Video files are written by
-`ffmpeg` if it is on the PATH, otherwise as GIF.
+`ffmpeg` if it is on the PATH, otherwise as GIF. An environment of the user's own (`module:id`) draws its own pictures.
 """
 
 import copy
@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
+from envs import reference
 from envs.circle import Circle
 from envs.core import Env, Readings, Task
+from envs.reference.pool import WorkerError
 from envs.run import Run
 from envs.velocity import Velocity
 
@@ -55,7 +57,8 @@ class Rollout(NamedTuple):
 def rollout(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Rollout:
     """Runs `episodes` episodes of a policy; RenderError if the environment is not one of this package's own tasks."""
     if not hasattr(env, "physics"):
-        raise RenderError(f"no pictures of {env.name} on the backend {env.backend}: only of native tasks (envs.TASKS)")
+        film = ", though --video can film it" if reference.own(env.name) else ""
+        raise RenderError(f"no pictures of {env.name} on the backend {env.backend}: only of native tasks (envs.TASKS){film}")
     key_reset, key_policy = jax.random.split(key)
 
     def one(carry, key):
@@ -265,7 +268,12 @@ class Canvas:
         picture = np.empty((self.rect.height, self.rect.width, 3), np.uint8)
         mujoco.mjr_readPixels(picture, None, self.rect, self.drawing)
         picture = picture[::-1]  # OpenGL counts rows from the bottom
-        return (0.65 * picture + 0.35 * 255 * np.array(COST)).astype(np.uint8) if tinted else picture
+        return tint(picture) if tinted else picture
+
+
+def tint(picture: np.ndarray) -> np.ndarray:
+    """A picture (height, width, 3), uint8, of a step with cost."""
+    return (0.65 * picture + 0.35 * 255 * np.array(COST)).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- video
@@ -286,16 +294,20 @@ def video(
     Returns: the path written, with the suffix .gif where there is no ffmpeg.
 
     Raises:
-      RenderError: no OpenGL, an environment that is not native, or ffmpeg cannot write this format. One line.
+      RenderError: no OpenGL, an environment that cannot be drawn, or ffmpeg cannot write this format. One line.
     """
     path = Path(path)
     path = path if shutil.which("ffmpeg") else path.with_suffix(".gif")
+    if reference.own(env.name):
+        drawn, rate = own_pictures(env, policy, key, frames)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (write_gif if path.suffix == ".gif" else write_with_ffmpeg)(path, iter(drawn), rate)
+        return path
     size = size or (GIF_SIZE if path.suffix == ".gif" else SIZE)
     opengl()  # before the work, not after it
     found = rollout(env, policy, key, 1)
     n, seconds = int(found.valid.sum()), env.task.model().opt.timestep * env.task.substeps
-    stride = max(1, round(1 / (RATES[1] * seconds)), -(-n // frames))
-    shown = np.unique(np.append(np.arange(stride - 1, n, stride), n - 1))
+    shown, rate = steps_shown(n, seconds, frames)
     returns, costs = np.cumsum(found.reward[:, 0]), np.cumsum(found.cost[:, 0])
 
     def pictures() -> Iterator[np.ndarray]:
@@ -307,9 +319,44 @@ def video(
                 before = costs[t]
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rate = max(RATES[0], 1 / (seconds * stride))
     (write_gif if path.suffix == ".gif" else write_with_ffmpeg)(path, pictures(), rate)
     return path
+
+
+def steps_shown(n: int, seconds: float, frames: int) -> tuple[np.ndarray, float]:
+    """Which of n steps of so many seconds to draw, at most about `frames` of them and the last in any case; pictures per second."""
+    stride = max(1, round(1 / (RATES[1] * seconds)), -(-n // frames))
+    return np.unique(np.append(np.arange(stride - 1, n, stride), n - 1)), max(RATES[0], 1 / (seconds * stride))
+
+
+def own_pictures(env: Any, policy: Policy, key: jax.Array, frames: int) -> tuple[list[np.ndarray], float]:
+    """The pictures that an environment of the user's own draws of one episode, red as in `video`, and how many per second.
+
+    Raises:
+      RenderError: it draws none.
+    """
+    key_reset, key_policy = jax.random.split(key)
+
+    def one(carry, key):
+        before, obs = carry
+        state, t = env.step(before, policy(obs, key))
+        return (state, t.obs), (state.actions[0, before.n[0]], t.cost[0], t.terminated[0] | t.truncated[0])
+
+    @jax.jit
+    def run(key_reset, key_policy):
+        start = env.reset(jax.random.split(key_reset, 1))
+        return start[0].seed[0], jax.lax.scan(one, start, jax.random.split(key_policy, env.horizon))[1]
+
+    seed, (actions, costs, done) = jax.tree.map(np.asarray, run(key_reset, key_policy))
+    n = int(np.argmax(done)) + 1
+    try:
+        shown, rate = steps_shown(n, 1 / env.frame_rate, frames)
+        pictures = env.pictures(seed, actions[:n], set(shown.tolist()))
+    except WorkerError as error:
+        raise RenderError(str(error)) from None
+    costly = [costs[start:stop].any() for start, stop in zip(np.append(0, shown[:-1] + 1), shown + 1)]
+    even = lambda picture: picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # ffmpeg's yuv420p needs that
+    return [even(tint(picture) if red else picture) for picture, red in zip(pictures, costly)], rate
 
 
 def write_gif(path: Path, pictures: Iterator[np.ndarray], rate: float) -> None:

@@ -1,8 +1,9 @@
-"""Environments of other packages behind the interface of `envs.Env`."""
+"""Environments of other packages, and of the user's own, behind the interface of `envs.Env`."""
 
 import difflib
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 
 import envs
 from envs.core import Transition, batched, on_host
-from envs.reference import BACKEND, BULLET
+from envs.reference import BACKEND, BULLET, GYMNASIUM, failures, own
 from envs.reference.pool import Pool, WorkerError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +40,15 @@ class ReferenceEnv:
 
     privileged_size = memory_size = 0
 
-    def __init__(self, name: str, backend: str, pool: Pool):
+    def __init__(self, name: str, backend: str, pool: Pool, horizon: int | None = None):
         self.name, self.backend, self._pool = name, backend, pool
         self.horizon, self.obs_size, self.action_size = (pool.about[k] for k in ("horizon", "obs_size", "action_size"))
+        self.horizon = horizon or self.horizon
+        self.frame_rate: float = pool.about["frame_rate"]  # pictures per second, one a step
         # Goal, Button and Push reward the metres moved towards the goal, 0.03 a step at best; Run sixty times these.
         scales = {BULLET: 0.1, "Goal": 5.0, "Button": 5.0, "Push": 5.0, "Circle": 1.0}
-        own = next((scale for part, scale in scales.items() if part in name), 0.1)
-        self.reward_scale = envs.TASKS[name].reward_scale if name in envs.TASKS else own
+        known = next((scale for part, scale in scales.items() if part in name and not own(name)), envs.Task.reward_scale)
+        self.reward_scale = envs.TASKS[name].reward_scale if name in envs.TASKS else known
         self.action_high = np.ones(self.action_size, np.float32)
         self.action_low = -self.action_high
 
@@ -82,14 +85,30 @@ class ReferenceEnv:
         )
         return state, Transition(obs, next_obs, reward, cost, terminated, truncated)
 
+    def pictures(self, seed, actions: np.ndarray, shown: set[int]) -> list[np.ndarray]:
+        """The environment's own pictures (height, width, 3), uint8, after the steps numbered `shown` of the episode of `seed` with
+        `actions` (steps, action_size). WorkerError, one line, if it draws none."""
+        return self._pool.ask("film", int(seed), actions, shown)
+
     def _reset_on_host(self, seed):
-        return self._pool.reset(seed.ravel()).reshape((*seed.shape, self.obs_size))
+        with _remembered():
+            return self._pool.reset(seed.ravel()).reshape((*seed.shape, self.obs_size))
 
     def _step_on_host(self, *args):
         batch = args[0].shape
         rows = [a.reshape((-1, *a.shape[len(batch) :])) for a in args]
-        out = (rows[3].astype(np.float32), *self._pool.step(*rows))
+        with _remembered():
+            out = (rows[3].astype(np.float32), *self._pool.step(*rows))
         return tuple(x.reshape((*batch, *x.shape[1:])) for x in out)
+
+
+@contextmanager
+def _remembered():
+    try:
+        yield
+    except WorkerError as error:
+        failures.append(error)
+        raise
 
 
 def _draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,27 +126,57 @@ def bullet_python() -> str:
     return str(python)
 
 
-def make(name: str, backend: str | None) -> ReferenceEnv:
-    """The environment of a Safety-Gymnasium id or native task's name, or of `bullet/` and a Bullet-Safety-Gym name.
+def make(name: str, backend: str | None, horizon: int | None = None) -> ReferenceEnv:
+    """The environment of a Safety-Gymnasium id or native task's name, of `bullet/` and a Bullet-Safety-Gym name, or of gymnasium's
+    `module:id` (`gym:id`), for which `horizon` replaces the number of steps that it is registered with.
 
-    UnknownName, one line, if there is none or its package cannot run it.
+    UnknownName, one line, if there is none or it cannot run here.
     """
-    if name.startswith(BULLET):
-        if backend is not None:
+    if own(name) or name.startswith(BULLET):
+        if backend not in (None, GYMNASIUM if own(name) else None):
             raise envs.UnknownName(f"{name} has no backend {backend!r}: leave the backend out")
+    if own(name):
+        return _make_own(name, horizon)
+    if horizon is not None:
+        raise envs.UnknownName(f"{name} has a horizon of its own: --horizon is for environments named module:id (envs/README.md)")
+    if name.startswith(BULLET):
         backend, python, mend = "bullet", bullet_python(), "make setup-bullet"
-        own, wanted = name.removesuffix("-v0"), name.removeprefix(BULLET).removesuffix("-v0") + "-v0"
+        task, wanted = name.removesuffix("-v0"), name.removeprefix(BULLET).removesuffix("-v0") + "-v0"
     else:
         backend, python, mend = BACKEND, sys.executable, "make setup"
         by_id = {task.reference_id: task.name for task in envs.TASKS.values()}
-        own = by_id.get(name, name)
-        wanted = envs.TASKS[own].reference_id if own in envs.TASKS else name
+        task = by_id.get(name, name)
+        wanted = envs.TASKS[task].reference_id if task in envs.TASKS else name
     try:
         pool = Pool(backend, wanted, python)
     except WorkerError as error:
-        raise envs.UnknownName(f"{name} cannot be made ({str(error).splitlines()[-1]}); perhaps `{mend}` mends it") from error
+        raise envs.UnknownName(f"{name} cannot be made ({error.what}); perhaps `{mend}` mends it") from error
+    _check_known(name, wanted, backend, pool)
+    return ReferenceEnv(task, backend, pool)
+
+
+def _make_own(name: str, horizon: int | None) -> ReferenceEnv:
+    """The environment of gymnasium's `name`, after a few steps that show whether it can be used."""
+    try:
+        # Where Python looks for modules here, behind the working directory, which a script's path lacks.
+        pool = Pool(GYMNASIUM, name, path=[os.getcwd(), *filter(None, sys.path)])
+        _check_known(name, name, GYMNASIUM, pool)
+        pool.ask("check")
+    except WorkerError as error:
+        raise envs.UnknownName(str(error)) from error
+    if not (horizon or pool.about["horizon"]):
+        raise envs.UnknownName(
+            f"{name}: nothing says how long its episodes are: add --horizon N, or max_episode_steps where it is registered"
+        )
+    return ReferenceEnv(name, GYMNASIUM, pool, horizon)
+
+
+def _check_known(name: str, wanted: str, package: str, pool: Pool) -> None:
+    """UnknownName with the nearest names if the package has none called `wanted`."""
     if isinstance(pool.about, list):
         pool.close()
-        near = difflib.get_close_matches(wanted, pool.about, n=3, cutoff=0.0)
-        raise envs.UnknownName(f"unknown environment {name!r} of {backend}. Its nearest: {', '.join(near)}")
-    return ReferenceEnv(own, backend, pool)
+        id = wanted.rpartition(":")[2]
+        near = difflib.get_close_matches(id, [known.rpartition(":")[2] for known in pool.about], n=3, cutoff=0.0)
+        nearest = ", ".join(wanted.removesuffix(id) + known for known in near)
+        hint = ". What a module registers is named module:id" if wanted.startswith("gym:") else ""
+        raise envs.UnknownName(f"unknown environment {name!r} of {package}. Its nearest: {nearest}{hint}")

@@ -22,13 +22,17 @@ WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") 
 
 
 class WorkerError(RuntimeError):
-    """A simulator raised, or its process died."""
+    """A simulator raised, or its process died. One line: the environment, and `what` happened; a note holds the traceback."""
+
+    def __init__(self, name: str, what: str):
+        super().__init__(f"{name}: {what}")
+        self.what = what
 
 
 class _Process:
     """A running worker.py."""
 
-    def __init__(self, python: str, package: str, name: str):
+    def __init__(self, python: str, package: str, name: str, path: list[str] | None):
         one_thread = {key: "1" for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         self._popen = subprocess.Popen(
             [python, str(Path(__file__).with_name("worker.py"))],
@@ -37,7 +41,7 @@ class _Process:
         assert self._popen.stdin and self._popen.stdout
         self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
         self.name = name
-        self.send("open", package, name)
+        self.send("open", package, name, path)
 
     def send(self, method: str, *arguments) -> None:
         with suppress(BrokenPipeError):  # `receive` says so
@@ -46,11 +50,14 @@ class _Process:
 
     def receive(self):
         try:
-            good, answer = pickle.load(self._stdout)
+            good, answer, *details = pickle.load(self._stdout)
         except (EOFError, pickle.UnpicklingError):
-            raise WorkerError(f"{self.name}: a simulator process died (exit code {self._popen.wait()})") from None
+            raise WorkerError(self.name, f"a simulator process died (exit code {self._popen.wait()})") from None
         if not good:
-            raise WorkerError(f"{self.name}: a simulator failed:\n{answer.rstrip()}")
+            error = WorkerError(self.name, answer)
+            for traceback in filter(None, details):
+                error.add_note(traceback)
+            raise error
         return answer
 
     def close(self) -> None:
@@ -69,11 +76,12 @@ class Pool:
     """Simulators of one environment, spread over `workers` processes (default: one per CPU), made as they are needed.
 
     `about` is what worker.py's `open` answers: the environment's sizes, or the list of known names if `name` is not one.
+    `path` is where the processes look for modules (default: where a script in this folder would).
     """
 
-    def __init__(self, package: str, name: str, python: str = sys.executable, workers: int | None = None):
+    def __init__(self, package: str, name: str, python: str = sys.executable, workers: int | None = None, path: list[str] | None = None):
         self._lock = threading.Lock()
-        self._start = lambda: _Process(python, package, name)
+        self._start = lambda: _Process(python, package, name, path)
         self._processes = [self._start()]
         self._limit = workers or WORKERS
         self.close = weakref.finalize(self, _close, self._processes)  # also called at exit
@@ -108,6 +116,12 @@ class Pool:
             after = [s.tobytes() if end else h + a.tobytes() for end, s, h, a in zip(ended, next_seeds, histories, actions)]
             self._record(after, simulators)
             return out
+
+    def ask(self, method: str, *arguments):
+        """What a method of worker.py's `Worker` answers that is about no state."""
+        with self._lock:
+            self._processes[0].send(method, *arguments)
+            return self._processes[0].receive()
 
     def _simulators(self, histories: Sequence[bytes | None]) -> tuple[list[tuple[int, int]], list[bool]]:
         """A simulator for every history, and whether it is there already."""
@@ -162,6 +176,14 @@ class Pool:
         for process, mine in rows.items():
             arguments = [[column[row] for row in mine] for column in columns]
             self._processes[process].send(method, [simulators[row][1] for row in mine], *arguments)
-        answers = [self._processes[process].receive() for process in rows]
+        answers, failures = [], []
+        for process in rows:  # all, so that no answer is left for the next question
+            try:
+                answers.append(self._processes[process].receive())
+            except WorkerError as error:
+                failures.append(error)
+        if failures:
+            self._idle += simulators
+            raise failures[0]
         order = np.argsort([row for mine in rows.values() for row in mine])
         return tuple(np.concatenate(column)[order] for column in zip(*answers))
