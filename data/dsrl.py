@@ -84,7 +84,7 @@ def _error(path: str | os.PathLike, wrong: str, mend: str) -> DatasetError:
 
 
 @contextmanager
-def _h5py_errors(path: Path) -> Iterator[None]:
+def h5py_errors(path: Path) -> Iterator[None]:
     """Turns whatever h5py raises on bad content into a DatasetError."""
     try:
         yield
@@ -95,14 +95,14 @@ def _h5py_errors(path: Path) -> Iterator[None]:
         raise _error(path, wrong, "the file is truncated, damaged or of another format: download it again") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An HDF5 attribute as something `json.dumps` takes."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else str(value)
 
 
@@ -116,7 +116,10 @@ def _stored(value: Any) -> Any:
     return np.array(text, h5py.string_dtype("utf-8", max(1, len(text))))
 
 
-def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None, np.dtype]]) -> None:
+Layout = Mapping[str, tuple[tuple[int, ...] | None, np.dtype]]
+
+
+def _check_layout(path: str | os.PathLike, layout: Layout) -> None:
     """Checks keys, dtypes and shapes; needs no data, so nothing of a damaged file's claimed size is allocated."""
     wanted = Dataset._fields if any(key in layout for key in _OPTIONAL) else _REQUIRED
     missing = [key for key in wanted if key not in layout]
@@ -142,7 +145,16 @@ def _check_layout(path: Path, layout: Mapping[str, tuple[tuple[int, ...] | None,
             raise _error(path, f"{key} have {sizes[0]} columns but next_{key} {sizes[1]}", "export both from one task")
 
 
-def _clean(path: Path, arrays: Mapping[str, np.ndarray], clip_actions: bool = False) -> Dataset:
+def _check_sizes(path: str | os.PathLike, layout: Layout, env: str | None, obs_size: int | None, action_size: int | None) -> None:
+    """Checks the numbers of columns against the task's, where they are given."""
+    for key, wanted in (("observations", obs_size), ("actions", action_size)):
+        shape = layout[key][0]
+        if wanted is not None and shape and shape[1] != wanted:
+            task = env or "the task"
+            raise _error(path, f"wrong task: {key} have {shape[1]} columns, {task} has {wanted}", f"use a dataset of {task}")
+
+
+def _clean(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], clip_actions: bool = False) -> Dataset:
     """Checks the values and converts to Dataset's shapes and dtypes."""
     columns = {}
     for key in arrays:
@@ -175,6 +187,21 @@ def _clean(path: Path, arrays: Mapping[str, np.ndarray], clip_actions: bool = Fa
 def _first(bad: np.ndarray) -> int:
     """Row of the first True."""
     return int(bad.reshape(len(bad), -1).any(axis=1).argmax())
+
+
+def check(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    env: str | None = None,
+    obs_size: int | None = None,
+    action_size: int | None = None,
+) -> Dataset:
+    """The dataset of `arrays`, checked as `load` checks a file; a DatasetError names `path`."""
+    layout = {key: (value.shape, value.dtype) for key, value in arrays.items()}
+    _check_layout(path, layout)
+    _check_sizes(path, layout, env, obs_size, action_size)
+    return _clean(path, arrays)
 
 
 def default_path(env: str) -> Path:
@@ -210,24 +237,20 @@ def load(
     if not path.is_file():
         raise _error(path, f"no file at {path.absolute()}", "download it from DSRL, collect it, or correct the path")
     # locking=False: published files sit on read-only and network mounts, and `save` replaces files whole.
-    with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
+    with h5py_errors(path), h5py.File(path, "r", locking=False) as file:
         items = {key: file[key] for key in Dataset._fields if key in file}
         layout = {key: (item.shape, item.dtype) for key, item in items.items() if isinstance(item, h5py.Dataset)}
-        attributes = {str(key): _plain(value) for key, value in file.attrs.items()}
+        attributes = {str(key): plain(value) for key, value in file.attrs.items()}
     _check_layout(path, layout)
-    if env is not None and attributes.get("env", env) != env:
+    # gymnasium's ids may carry the module that registers them, as in `own_env:OwnPoint-v0`.
+    if env is not None and str(attributes.get("env", env)).rpartition(":")[2] != env.rpartition(":")[2]:
         raise _error(path, f"wrong task: collected on {attributes['env']}, wanted {env}", f"use a dataset of {env}")
-    for key, wanted in (("observations", obs_size), ("actions", action_size)):
-        size = layout[key][0][1]
-        if wanted is not None and size != wanted:
-            task = env or "the task"
-            wrong = f"wrong task: {key} have {size} columns, {task} has {wanted}"
-            raise _error(path, wrong, f"use a dataset of {task}")
+    _check_sizes(path, layout, env, obs_size, action_size)
     declared = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in layout.values())
     if declared > MAX_RATIO * path.stat().st_size:
         wrong = f"declares {declared} bytes of arrays, more than the file can hold"
         raise _error(path, wrong, "the file is damaged: download it again")
-    with _h5py_errors(path), h5py.File(path, "r", locking=False) as file:
+    with h5py_errors(path), h5py.File(path, "r", locking=False) as file:
         arrays = {key: file[key][()] for key in layout}
     return _clean(path, arrays, clip_actions), attributes | {"path": str(path), "sha256": sha256(path)}
 
@@ -246,8 +269,7 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
     """
     path = Path(path)
     arrays = {key: np.asarray(value) for key, value in dataset._asdict().items() if value is not None}
-    _check_layout(path, {key: (value.shape, value.dtype) for key, value in arrays.items()})
-    dataset = _clean(path, arrays)
+    dataset = check(path, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same folder: os.replace stays on one file system
     try:
@@ -286,8 +308,11 @@ def episodes(dataset: Dataset) -> Episodes:
     return Episodes(start, stop, done[stop - 1], returns, costs, stop - start)
 
 
-def check_episodes(dataset: Dataset, path: str | os.PathLike, horizon: int) -> None:
-    """Looks at how the episodes of the dataset of `path` end; `horizon` is the task's number of steps until a time-out.
+def check_episodes(dataset: Dataset, path: str | os.PathLike, horizon: int | None = None) -> None:
+    """Looks at how the episodes of the dataset of `path` end.
+
+    `horizon` is the task's number of steps until a time-out. None: unknown, and taken to be the length of the longest episode if there
+    are at least two.
 
     Prints a warning where every terminal episode is exactly `horizon` steps long: those are time-outs stored as terminals, through
     which critics would not bootstrap.
@@ -297,11 +322,14 @@ def check_episodes(dataset: Dataset, path: str | os.PathLike, horizon: int) -> N
     """
     found = episodes(dataset)
     if not found.complete.any():
-        raise _error(path, "no row ends an episode", "set terminals or timeouts to 1 in the last row of each")
+        mend = "set terminals or timeouts to 1 in the last row of each, or let `python -m data.convert` do it with --horizon N"
+        raise _error(path, "no row ends an episode", mend)
     terminal = dataset.terminals[found.stop - 1]
-    if terminal.any() and (found.lengths[terminal] == horizon).all():
+    limit = horizon or (int(found.lengths.max()) if terminal.sum() > 1 else 0)
+    if terminal.any() and (found.lengths[terminal] == limit).all():
+        whose = "the task's time limit" if horizon else "as long as the longest"
         print(
-            f"warning: {path}: all {terminal.sum()} terminal episodes are {horizon} steps long, the task's time limit: if these are "
+            f"warning: {path}: all {terminal.sum()} terminal episodes are {limit} steps long, {whose}: if these are "
             "time-outs, --terminals-are-timeouts reads them so",
             file=sys.stderr,
         )
