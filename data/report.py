@@ -1,6 +1,7 @@
-"""Writes data/README.md and a reward-cost scatter plot per dataset: `python -m data.report [--cost-limit 20]`."""
+"""Writes the table in data/README.md and a reward-cost scatter plot per dataset: `python -m data.report [--cost-limit 20]`."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,8 @@ import tyro
 from data import dsrl
 
 HERE = Path(__file__).parent
-INTRODUCTION = """# Datasets
-
-Made by `python -m data.collect --env ENV` from the behaviour policies in `policies/`; this page by `python -m data.report`.
-The policies are from-scratch SAC-Lagrangian (`algos/sac_lag.py`) at several cost limits and training stages, listed in
-`data/collect.py`; their critics, never the policies, saw the x that Run's observation lacks. Rollouts are stochastic and
-the same for the same key on the same machine. Retraining (`--train`) does not give the same bits; the kept
-policies, PointGoal1's included, were trained with a constant step size, where `algos/sac_lag.py` now lets it fall to zero.
-Observations are rounded to 14 bits of mantissa (a relative 3e-5) to keep each file below 20 MB. `--transitions N` makes a larger one.
-The Run tasks' files also carry that x, for critics (`privileged`, `next_privileged`; DSRL has no such arrays): see deviation 11 of
-`algos/marvel.py`. Most safe trajectories of SafetyAntRun are early falls (see their median return), so their 90th percentile says little.
-Of SafetyPointGoal1-v0 the policies are kept, the dataset is not: `python -m data.collect --env SafetyPointGoal1-v0 --transitions 60000`.
-
-Quantiles are the 10th / 50th / 90th percentile over trajectories; a trajectory is safe if its cost is at most {limit:g}.
+MARKS = "<!-- made by `python -m data.report` -->\n", "<!-- until here -->\n"  # in data/README.md, around what main writes
+INTRODUCTION = """Quantiles are the 10th / 50th / 90th percentile over trajectories; a trajectory is safe if its cost is at most {limit:g}.
 
 | dataset | MB | transitions | trajectories | length | return | cost | safe share | safe return | best safe return | sha256 |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -43,7 +33,8 @@ def quantiles(x: np.ndarray) -> str:
     return " / ".join(f"{q:.0f}" for q in np.quantile(x, [0.1, 0.5, 0.9])) if len(x) else "none"
 
 
-def scatter(env: str, found: dsrl.Episodes, cost_limit: float) -> None:
+def scatter(env: str, found: dsrl.Episodes, cost_limit: float, path: Path) -> None:
+    """Draws the trajectories' returns against their costs, to the PNG `path`."""
     figure, axis = plt.subplots(figsize=(5, 3.6))
     safe = found.costs <= cost_limit
     axis.scatter(found.costs[safe], found.returns[safe], s=9, color="C2", label="safe")
@@ -52,8 +43,10 @@ def scatter(env: str, found: dsrl.Episodes, cost_limit: float) -> None:
     axis.set(xlabel="episode cost", ylabel="episode return", title=env)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / f"{env}.png", dpi=90)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, dpi=90, format="png")
     plt.close(figure)
+    os.replace(part, path)
 
 
 def main(args: Args) -> None:
@@ -63,7 +56,7 @@ def main(args: Args) -> None:
         dataset, about = dsrl.load(path)
         found, env = dsrl.episodes(dataset), path.relative_to(HERE).with_suffix("").as_posix()
         safe = found.costs <= args.cost_limit
-        scatter(env, found, args.cost_limit)
+        scatter(env, found, args.cost_limit, HERE / f"{env}.png")
         best = f"{found.returns[safe].max():.0f}" if safe.any() else "none"
         text += (
             f"| {env} | {path.stat().st_size / 1e6:.1f} | {len(dataset.rewards):,} | {len(found.returns)} | {quantiles(found.lengths)} "
@@ -75,7 +68,9 @@ def main(args: Args) -> None:
             stages.setdefault(policy["cost_limit"], []).append(f"{policy['env_steps'] / 1e3:.0f}k")
         kept = "; ".join(f"limit {k} at {', '.join(v)} steps" for k, v in stages.items())
         behaviours += f"\n![{env}]({env}.png)\n\n{env}: {kept}.\n"
-    (HERE / "README.md").write_text(text + behaviours)
+    page = HERE / "README.md"
+    (before, rest), (start, end) = page.read_text().split(MARKS[0]), MARKS
+    page.write_text(before + start + text + behaviours + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

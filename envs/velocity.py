@@ -64,6 +64,12 @@ class Velocity(Task):
     def observe(self, r):
         return jnp.concatenate([r.qpos[..., self.unseen :], jnp.clip(r.qvel, -self.top_speed, self.top_speed)], -1)
 
+    def state(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(qpos (..., nq), qvel (..., nv)) that is observed as `obs`, with the unseen coordinates at 0; qvel is what is left of it at
+        `top_speed`."""
+        seen = self.model().nq - self.unseen
+        return jnp.concatenate([jnp.zeros((*obs.shape[:-1], self.unseen)), obs[..., :seen]], -1), obs[..., seen:]
+
     def velocity(self, r: Readings) -> jax.Array:
         """(..., k) m/s: along x, and along y if the speed of the cost counts that too."""
         return r.dqpos[..., :1] / self.dt
