@@ -13,7 +13,7 @@ from envs.core import Env, EnvState, Readings, Task, Transition
 from envs.robots import Ant, Car, Point
 from envs.run import Run
 
-__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Task", "Transition", "UnknownName"]
+__all__ = ["BACKENDS", "TASKS", "Env", "EnvState", "Readings", "Recorder", "Task", "Transition", "UnknownName"]
 __all__ += ["folder", "gym_make", "make", "resolve"]
 
 ROBOTS = (Point(), Car(), Ant())
@@ -132,3 +132,11 @@ def gym_make(name: str, num_envs: int | None = None, backend: str | None = None)
     from envs import gym
 
     return gym.make(name, num_envs, backend)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recorder":  # imported when it is asked for: it needs gymnasium, which native tasks do not
+        from envs.recorder import Recorder
+
+        return Recorder
+    raise AttributeError(f"module 'envs' has no attribute {name!r}")

@@ -1,0 +1,145 @@
+"""Records the steps of any gymnasium environment as an offline dataset in DSRL's format (data/dsrl.py): `envs.Recorder`.
+
+    with envs.Recorder(gymnasium.make("Own-v0"), "own.hdf5") as env:
+        for _ in range(100):
+            obs, info = env.reset()
+            done = False
+            while not done:
+                obs, reward, terminated, truncated, info = env.step(policy(obs))
+                done = terminated or truncated
+
+Works with gymnasium 0.29 and 1.x.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+
+import envs
+from data import dsrl
+
+
+class Recorder(gymnasium.Wrapper):
+    """An environment that remembers what was done in it, and writes it to one file.
+
+    It needs Box spaces, bounded ones for actions, and the cost of a step: info["cost"], or the third of Safety-Gymnasium's six values
+    (obs, reward, cost, terminated, truncated, info). `reset` and `step` return what the environment does.
+
+    - Observations are kept as float32, flat where their space has more axes. The next observation is what the step returned.
+    - Actions beyond the space's bounds are clipped before the environment sees them. In the file, these bounds are -1 and 1.
+    - `terminated` becomes a terminal, and `truncated` a time-out, unless the step also terminated.
+    - Only whole episodes are written: one that nobody finished has a low cost and would pass for safe. So the environment needs a time
+      limit, if it does not always terminate (`gymnasium.wrappers.TimeLimit`).
+    - Attributes of the file: `env` (the id, for tasks of this suite their name), `horizon` (steps until truncation, where the id's
+      registration says so), `action_low` and `action_high` (per action, in the environment's units).
+
+    `save` writes all episodes since the beginning; `close`, and so the end of a `with` block, does it too. The file appears whole or not
+    at all: a recording that is killed leaves none, or the last one saved.
+    """
+
+    def __init__(self, env: Any, path: str | os.PathLike):
+        """
+        Args:
+          env: a gymnasium environment, not a vector of them. Wrappers that reset by themselves belong around the Recorder, not inside.
+          path: the HDF5 file to write; one that exists is replaced.
+
+        Raises:
+          DatasetError: an environment that cannot be recorded.
+        """
+        if isinstance(env, gymnasium.vector.VectorEnv):
+            raise dsrl.DatasetError(f"{env}: a vector of environments; record one environment at a time")
+        super().__init__(env)
+        inner = env
+        while inner is not inner.unwrapped:
+            if "autoreset" in type(inner).__name__.lower():
+                raise dsrl.DatasetError(f"{env}: resets by itself, which hides an episode's last observation; wrap the Recorder with it")
+            inner = inner.env
+        for what, space in (("observation", self.observation_space), ("action", self.action_space)):
+            if not isinstance(space, gymnasium.spaces.Box):
+                mend = "wrap it with FlattenObservation" if what == "observation" else "only continuous actions can be recorded"
+                raise dsrl.DatasetError(f"{env}: its {what} space is {space}, not a Box; {mend}")
+        box: Any = self.action_space
+        low, high = (np.asarray(x, np.float64).reshape(-1) for x in (box.low, box.high))
+        if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+            raise dsrl.DatasetError(f"{env}: its actions are not bounded; give its action space finite bounds")
+        self.path = Path(path)
+        self._low, self._high = low, high
+        self._episodes: list[dict[str, np.ndarray]] = []  # whole ones
+        self._steps: list[tuple] = []  # of the running one
+        self._obs: np.ndarray | None = None  # to act on; None: no episode is running
+        self._saved = 0  # episodes in the file
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self._steps, self._obs = [], self._flat(obs)
+        return obs, info
+
+    def step(self, action):
+        if self._obs is None:
+            raise ResetNeeded("call reset() first: no episode has begun, or the last one has ended")
+        space: Any = self.action_space
+        action = np.asarray(action)
+        if action.shape != space.shape:
+            raise ValueError(f"an action of shape {action.shape}: must be {space.shape}")
+        acted = np.clip(action.astype(space.dtype), space.low, space.high)
+        out = self.env.step(acted)
+        if len(out) == 6:
+            obs, reward, cost, terminated, truncated, _ = out
+        else:
+            obs, reward, terminated, truncated, info = out
+            if "cost" not in info:
+                raise dsrl.DatasetError(f"{self.env}: a step has no cost; let step() put it into info['cost'], 0 where there is none")
+            cost = info["cost"]
+        unit = np.clip(2 * (acted.astype(np.float64).reshape(-1) - self._low) / (self._high - self._low) - 1, -1, 1)
+        following, numbers = self._flat(obs), (np.asarray(x, np.float32).item() for x in (reward, cost))
+        self._steps.append((self._obs, following, unit.astype(np.float32), *numbers, bool(terminated)))
+        self._obs = following
+        if terminated or truncated:
+            rows = [np.array(column) for column in zip(*self._steps)]
+            episode = dict(zip(("observations", "next_observations", "actions", "rewards", "costs", "terminals"), rows))
+            episode["timeouts"] = np.zeros(len(self._steps), bool)
+            episode["timeouts"][-1] = not terminated
+            self._episodes.append(episode)
+            self._steps, self._obs = [], None
+        return out
+
+    def save(self) -> Path:
+        """Writes all whole episodes so far to `path` and returns it.
+
+        Raises:
+          DatasetError: no episode has ended; the recorded numbers are no dataset (NaN, negative costs).
+        """
+        if not self._episodes:
+            limit = "wrap the environment with gymnasium.wrappers.TimeLimit if it does not end by itself"
+            raise dsrl.DatasetError(f"{self.path}: no episode has ended, and only whole ones are kept; {limit}")
+        arrays = {key: np.concatenate([episode[key] for episode in self._episodes]) for key in self._episodes[0]}
+        dsrl.save(self.path, dsrl.Dataset(**arrays), self._about())
+        self._saved = len(self._episodes)
+        return self.path
+
+    def close(self) -> None:
+        """Saves the whole episodes that are not saved yet, and closes the environment."""
+        try:
+            if len(self._episodes) > self._saved:
+                self.save()
+        finally:
+            super().close()
+
+    def _flat(self, obs) -> np.ndarray:
+        return np.array(obs, np.float32).reshape(-1)
+
+    def _about(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"action_low": self._low.tolist(), "action_high": self._high.tolist()}
+        spec = self.env.spec
+        if spec is not None:
+            native = {task.reference_id: name for name, task in envs.TASKS.items()}
+            about["env"] = native.get(spec.id, spec.id)
+            if spec.max_episode_steps:
+                about["horizon"] = spec.max_episode_steps
+        return about

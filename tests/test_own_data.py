@@ -1,0 +1,250 @@
+"""envs.Recorder, and a whole example: a dataset of one's own environment (own_env.py), looked at, and trained on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import own_env
+import pytest
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+
+import envs
+from data import dsrl, inspect
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------- the example
+
+
+def towards(obs, speed):
+    """Force in N that brings the point to a speed along x, and to the middle of its way."""
+    _, _, y, vx, vy, _ = obs
+    return np.array([0.8 * speed + 5 * (speed - vx), -y - 2 * vy])
+
+
+def careful(obs, speed):
+    """Fast, and slow in the strip x < 1 and before it."""
+    x = np.arctan2(obs[1], obs[0]) % (2 * np.pi) * own_env.OwnPoint.LENGTH / (2 * np.pi)
+    return towards(obs, 0.9 if x < 1 or x > 2.5 else speed)
+
+
+# name: (policy, standard deviation of the noise on its force, N)
+POLICIES = {
+    "lazy": (lambda obs: towards(obs, 0.1), 0.2),  # poor and safe
+    "random": (lambda obs: np.zeros(2), 2.0),
+    "slow": (lambda obs: towards(obs, 0.8), 0.2),
+    "fast": (lambda obs: towards(obs, 2.4), 0.2),  # good and unsafe
+    "hasty": (lambda obs: careful(obs, 2.4), 1.0),
+    "careful": (lambda obs: careful(obs, 2.0), 0.1),  # good and safe
+}
+
+
+def record(path, episodes):
+    """A dataset with `episodes` of each policy."""
+    rng = np.random.default_rng(0)
+    with envs.Recorder(gymnasium.make("OwnPoint-v0"), path) as env:
+        env.reset(seed=0)
+        for policy, noise in POLICIES.values():
+            for _ in range(episodes):
+                obs, _ = env.reset()
+                done = False
+                while not done:
+                    obs, _, terminated, truncated, _ = env.step(policy(obs) + noise * rng.normal(size=2))
+                    done = terminated or truncated
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("own") / "own.hdf5", episodes=10)
+
+
+def test_the_dataset_ranges_from_poor_to_good_and_from_safe_to_unsafe(own):
+    dataset, about = dsrl.load(own, env="own_env:OwnPoint-v0", obs_size=6, action_size=2)
+    assert about["env"] == "OwnPoint-v0" and about["horizon"] == 100
+    assert [json.loads(about[key]) for key in ("action_low", "action_high")] == [[-2, -2], [2, 2]]
+    found = dsrl.episodes(dataset)
+    assert found.complete.all() and len(found.start) == 60 and (found.lengths[dataset.timeouts[found.stop - 1]] == 100).all()
+    returns, costs = found.returns.reshape(6, 10).mean(1), found.costs.reshape(6, 10).mean(1)
+    by_name = dict(zip(POLICIES, zip(returns, costs)))
+    assert by_name["lazy"][0] < by_name["slow"][0] < by_name["careful"][0] < by_name["fast"][0]
+    assert by_name["lazy"][1] == by_name["slow"][1] == 0 and by_name["careful"][1] < 5 < 15 < by_name["fast"][1], by_name
+
+
+def test_it_can_be_looked_at(own, tmp_path):
+    words = [sys.executable, "-m", "data.inspect", own, "--cost-limit", "5", "--plot", tmp_path / "own.png"]
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "60 trajectories" in done.stdout and "safe (cost at most 5)" in done.stdout and (tmp_path / "own.png").exists()
+    assert not [line for line in done.stderr.splitlines() if "warning" in line], done.stderr
+
+
+@pytest.mark.slow
+def test_it_can_be_trained_on(own, tmp_path):
+    options = (
+        "--offline-steps 500 --vpa-steps 500 --env-steps 1000 --hidden 16 16 --vae-hidden 16 16 --eval-episodes 2 --final-eval-rounds 1"
+    )
+    words = [sys.executable, ROOT / "algos" / "marvel.py", "--env", "own_env:OwnPoint-v0", "--dataset", own, "--runs", tmp_path / "runs"]
+    done = subprocess.run([*map(str, words), *options.split()], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+    assert "does not fit" not in done.stderr
+    (curves,) = (tmp_path / "runs").glob("**/curves.png")
+    assert curves.read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- the recorder
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps: the observation is (2, 1) [steps, last action]; it ends after `end` steps, or never."""
+
+    def __init__(self, end=5, cost=True, six=False, low=-1.0, high=3.0):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2, 1), np.float64)
+        self.action_space = spaces.Box(low, high, (1,), np.float32)
+        self.end, self.cost, self.six = end, cost, six
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros((2, 1)), {}
+
+    def step(self, action):
+        self.t += 1
+        obs, cost = np.array([[self.t], action], float), self.t % 2
+        if self.six:
+            return obs, 0.5, cost, self.t == self.end, False, {}
+        return obs, np.array([0.5]), self.t == self.end, False, {"cost": np.float64(cost)} if self.cost else {}
+
+
+def walk(env, steps, action=2.0):
+    env.reset()
+    return [env.step(np.array([action])) for _ in range(steps)][-1]
+
+
+@pytest.mark.parametrize("six", [False, True])
+def test_what_is_recorded(tmp_path, six):
+    env = envs.Recorder(
+        gymnasium.wrappers.TimeLimit(Counter(end=3, six=six), 7) if not six else Counter(end=3, six=True), tmp_path / "a" / "c.hdf5"
+    )
+    last = walk(env, 3)
+    assert len(last) == (6 if six else 5)  # what the environment gives
+    walk(env, 2)  # not finished: dropped
+    walk(env, 3, action=99.0)
+    walk(env, 1)  # still running
+    assert env.save() == tmp_path / "a" / "c.hdf5" and os.listdir(tmp_path / "a") == ["c.hdf5"]
+    found, about = dsrl.load(env.path)
+    np.testing.assert_array_equal(found.observations, [[0, 0], [1, 2], [2, 2], [0, 0], [1, 3], [2, 3]])  # clipped before it acts
+    np.testing.assert_array_equal(found.next_observations, [[1, 2], [2, 2], [3, 2], [1, 3], [2, 3], [3, 3]])
+    np.testing.assert_array_equal(found.actions[:, 0], [0.5] * 3 + [1.0] * 3)  # of [-1, 3]
+    np.testing.assert_array_equal(found.costs, [1, 0, 1, 1, 0, 1])
+    assert (found.rewards == 0.5).all() and np.flatnonzero(found.terminals).tolist() == [2, 5] and not found.timeouts.any()
+    assert json.loads(about["action_high"]) == [3.0] and "env" not in about
+    env.step(np.zeros(1))  # and it goes on
+    env.step(np.zeros(1))
+    env.close()
+    assert len(dsrl.load(env.path)[0].rewards) == 9
+
+
+def test_time_limits_are_time_outs(tmp_path):
+    with envs.Recorder(gymnasium.wrappers.TimeLimit(Counter(end=4), 4), tmp_path / "c.hdf5") as env:
+        walk(env, 4)  # both at once: it terminated
+    with envs.Recorder(gymnasium.wrappers.TimeLimit(Counter(), 3), tmp_path / "d.hdf5") as env:
+        walk(env, 3)
+    flags = [dsrl.load(tmp_path / name)[0][5:7] for name in ("c.hdf5", "d.hdf5")]
+    assert [[x.tolist() for x in pair] for pair in flags] == [[[False] * 3 + [True], [False] * 4], [[False] * 3, [False] * 2 + [True]]]
+
+
+def test_a_task_of_this_suite_fits_itself(tmp_path):
+    """A recording through gymnasium is data of the native task, id and all."""
+    rng = np.random.default_rng(0)
+    with envs.Recorder(envs.gym_make("SafetyHopperVelocity"), tmp_path / "h.hdf5") as env:
+        for seed in range(30):
+            env.reset(seed=seed)
+            done = False
+            while not done:
+                _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 3))
+                done = terminated or truncated
+    dataset, about = dsrl.load(tmp_path / "h.hdf5", env="SafetyHopperVelocity", obs_size=11, action_size=3)
+    assert about["horizon"] == 1000 and dataset.terminals.sum() == 30
+    assert inspect.mismatch(dataset, envs.make("SafetyHopperVelocity")) is None
+    backwards = dataset._replace(observations=dataset.observations[:, ::-1], next_observations=dataset.next_observations[:, ::-1])
+    assert "first observations differ" in inspect.mismatch(backwards, envs.make("SafetyHopperVelocity"))
+
+
+@pytest.mark.slow
+def test_safety_gymnasiums_six_values(tmp_path):
+    from envs.reference import compat
+
+    env = envs.Recorder(compat.safety_gymnasium().make("SafetyPointRun0-v0"), tmp_path / "p.hdf5")
+    env.reset(seed=0)
+    rng, done = np.random.default_rng(0), False
+    while not done:
+        *_, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 2))
+        done = terminated or truncated
+    env.close()
+    dataset, about = dsrl.load(tmp_path / "p.hdf5", env="SafetyPointRun", obs_size=12, action_size=2)
+    assert len(dataset.rewards) == 500 and dataset.timeouts[-1] and about["env"] == "SafetyPointRun"
+
+
+def test_an_error_in_the_middle_keeps_the_whole_episodes(tmp_path):
+    with pytest.raises(KeyboardInterrupt), envs.Recorder(Counter(), tmp_path / "c.hdf5") as env:
+        walk(env, 5)
+        walk(env, 2)
+        raise KeyboardInterrupt
+    assert len(dsrl.load(tmp_path / "c.hdf5")[0].rewards) == 5
+
+
+def test_a_killed_recording_leaves_no_half_file(tmp_path):
+    program = "import sys; sys.path[:0] = ['tests', '.']; import os, test_own_data as t, envs; from data import dsrl\n"
+    program += f"env = envs.Recorder(t.Counter(), {str(tmp_path / 'c.hdf5')!r}); t.walk(env, 5)\n"
+    program += "os.replace = lambda *names: os._exit(9)\n"  # everything is written, and then it dies
+    program += "env.save()\n"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 9
+    assert not (tmp_path / "c.hdf5").exists() and len(os.listdir(tmp_path)) == 1  # the part with its other name
+
+
+def refused(said, env, path, steps=0):
+    with pytest.raises(dsrl.DatasetError) as caught:
+        walk(envs.Recorder(env, path), steps)
+    assert len(str(caught.value).splitlines()) == 1 and said in str(caught.value)
+    assert not path.exists()
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path):
+    path = tmp_path / "c.hdf5"
+    refused("record one environment at a time", envs.gym_make("SafetyPointRun", num_envs=2), path)
+    refused("its actions are not bounded; give its action space finite bounds", Counter(low=-np.inf), path)
+    refused("a step has no cost; let step() put it into info['cost']", Counter(cost=False), path, 1)
+    discrete = Counter()
+    discrete.action_space = spaces.Discrete(3)
+    refused("its action space is Discrete(3), not a Box; only continuous actions", discrete, path)
+    nested = Counter()
+    nested.observation_space = spaces.Dict({"a": spaces.Box(0, 1)})
+    refused("wrap it with FlattenObservation", nested, path)
+    itself = getattr(gymnasium.wrappers, "Autoreset", None) or gymnasium.wrappers.AutoResetWrapper
+    refused("resets by itself, which hides an episode's last observation; wrap the Recorder", itself(Counter()), path)
+    with pytest.raises(dsrl.DatasetError, match="no episode has ended, and only whole ones are kept; wrap the environment with"):
+        env = envs.Recorder(Counter(end=-1), path)
+        walk(env, 20)
+        env.save()
+    env.close()  # nothing to save
+    assert os.listdir(tmp_path) == []
+
+
+def test_misuse_is_refused(tmp_path):
+    env = envs.Recorder(Counter(), tmp_path / "c.hdf5")
+    with pytest.raises(ResetNeeded):
+        env.step(np.zeros(1))
+    env.reset()
+    with pytest.raises(ValueError, match=r"an action of shape \(2,\): must be \(1,\)"):
+        env.step(np.zeros(2))
+    walk(env, 5)
+    with pytest.raises(ResetNeeded):
+        env.step(np.zeros(1))
