@@ -20,7 +20,7 @@ from algos import logbook
 from algos.logbook import Logbook
 from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
 from algos.seeds import vmap_seeds
-from data import collect, dsrl, public
+from data import collect, dsrl, inspect, public
 from data.replay import sample
 from envs import reference, render
 from envs.rollout import Batch, evaluate
@@ -261,6 +261,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     if args.terminals_are_timeouts:
         loaded = dsrl.as_timeouts(loaded)
     dsrl.check_episodes(loaded, path, env.horizon)
+    inspect.check_env(loaded, path, env)
     if env.memory_size:
         loaded = remembering(loaded, env)
     if env.privileged_size and loaded.privileged is None:
