@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -32,18 +31,16 @@ import sys
 import textwrap
 import time
 import typing
-import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 import tyro
 from tqdm import tqdm
 
-from algos import curves
+from algos import checkpoint, curves
+from algos.checkpoint import BadInput, load, write_atomically
 from data import dsrl
 from envs import TASKS, UnknownName, folder, reference
 from envs.render import RenderError
@@ -69,10 +66,6 @@ INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_sec
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-class BadInput(ValueError):
-    """An argument or a file that cannot be used; the message is one line that names the mend."""
 
 
 class AllDiverged(RuntimeError):
@@ -212,54 +205,9 @@ def flatten(tree) -> dict[str, np.ndarray]:
     return {name(path): np.array(raw(x), order="C") for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def checksum(arrays: dict[str, np.ndarray]) -> int:
-    """CRC-32 of all arrays in the order of their names."""
-    return functools.reduce(lambda crc, name: zlib.crc32(arrays[name].tobytes(), crc), sorted(arrays), 0)
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then the rename: at no moment is there half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(path: Path, tree, meta: dict) -> None:
-    """Writes a pytree of arrays as safetensors (no code runs when it is opened), atomically, with `meta` as JSON in its header."""
-    arrays = flatten(tree)
-    about = {"meta": json.dumps(meta | {"crc32": checksum(arrays)}, default=str)}
-
-    def write(temporary):
-        try:
-            safetensors.numpy.save_file(arrays, temporary, about)
-        except safetensors.SafetensorError as error:  # its I/O errors carry no errno
-            if "No space left" in str(error) or "File too large" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-            raise
-
-    write_atomically(path, write)
-
-
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """({path in the tree: array}, meta) of a file that `save` wrote; BadInput if it is not one or damaged."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            meta = json.loads(file.metadata()["meta"])
-            arrays = {k: file.get_tensor(k) for k in file.keys()}
-        intact = meta["crc32"] == checksum(arrays)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint; runs leave theirs in runs/ENV/ALGO/STAMP/") from None
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
-        intact = False
-    if not intact:
-        raise BadInput(f"{path}: not a checkpoint of this suite, or damaged: name another, or delete it to have it made anew")
-    return arrays, meta
+    """`checkpoint.save` of a pytree of arrays."""
+    checkpoint.save(path, flatten(tree), meta)
 
 
 def restore(template, arrays: dict[str, np.ndarray], source: str, prefix: str = ""):
