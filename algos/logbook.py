@@ -47,7 +47,7 @@ from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where, what to replay, and how often to save: the results do not depend on these. The dataset counts by its hash.
-NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "dataset", "resume", "checkpoint_seconds")
+NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "export", "dataset", "resume", "checkpoint_seconds")
 IF_GIVEN = ("horizon",)  # part of a configuration only where there is one
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 import envs
-from algos import finetuning, logbook, training
+from algos import checkpoint, finetuning, logbook, policy, training
 from algos.finetuning import FinetuneArgs
 from algos.networks import Networks, kl_divergence, sample_action
 from algos.seeds import vmap_seeds
@@ -148,17 +148,14 @@ def online_phase(run: Run, params: dict) -> dict:
 def replay_checkpoint(args: Args) -> None:
     """--eval: prints return and cost of a checkpoint's expanded policy, which needs its critics and multiplier."""
     assert args.eval is not None
-    arrays, meta = training.load_policy(args.eval)
-    horizon, memory = args.horizon or meta["config"].get("horizon"), meta["config"].get("odometer", False)
-    env = envs.make(meta["env"], args.backend, memory=memory, horizon=horizon)
-    names = [name for name in arrays if name.startswith("critics/cost/") and name.endswith("Dense_0/kernel")]
-    if not names or "multiplier" not in arrays:
+    arrays, meta = checkpoint.load_policy(args.eval)
+    if not policy.expanded(arrays, meta):
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")
-    if arrays[names[0]].shape[-2] > env.obs_size + env.action_size:
-        env = envs.make(meta["env"], args.backend, privileged=True, memory=memory)
+    env = training.replayed_env(args, meta, privileged=policy.load_policy(args.eval).privileged_size > 0)
     limit = meta["config"].get("cost_limit", args.cost_limit)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
-    own |= {name: meta["config"].get(name, getattr(args, name)) for name in ("cost_critics", "cost_pessimism", "symlog", "layer_norm")}
+    later = "cost_critics cost_pessimism symlog layer_norm temperature".split()
+    own |= {name: meta["config"].get(name, getattr(args, name)) for name in later}
     args = replace(args, **own)
     networks = training.make_networks(args, env)
     shapes = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size + env.privileged_size))

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 import envs
-from algos import logbook
+from algos import checkpoint, export, logbook
+from algos import policy as policies
 from algos.logbook import Logbook
 from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
 from algos.seeds import vmap_seeds
@@ -73,6 +74,8 @@ class EvalArgs:
     """with --eval: film an episode to this .mp4 or .gif"""
     trajectory: Path | None = None
     """with --eval: draw episodes from above to this .png"""
+    export: Path | None = None
+    """with --eval: write the policy's mean action as an ONNX model to this .onnx (needs the package onnx)"""
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,9 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
 
     `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates.
     """
+    for flag in ("video", "trajectory", "export"):
+        if getattr(args, flag):
+            raise logbook.BadInput(f"--{flag}: shows a trained policy: name its checkpoint with --eval")
     privileged = getattr(args, "privileged_critic", False)
     env = envs.make(args.env, args.backend, privileged, args.odometer, args.horizon)
     args = replace(args, env=env.name, horizon=env.horizon if reference.own(env.name) else None)
@@ -349,19 +355,19 @@ def episode_statistics(episodes: dict[str, np.ndarray], cost_limit: float) -> di
     }
 
 
-def load_policy(path: Path) -> tuple[dict, dict]:
-    """(arrays, meta) of a checkpoint that holds a policy."""
-    arrays, meta = logbook.load(path)
-    if not {"env", "config"} <= meta.keys() or not any(name.startswith("actor/") for name in arrays):
-        raise logbook.BadInput(f"{path}: holds no policy: name a checkpoint-seed*.safetensors of a run folder")
-    return arrays, meta
+def replayed_env(args, meta: dict, privileged: bool = False) -> envs.Env:
+    """The environment that the policy of a checkpoint with this `meta` was trained in, on the backend of `args`."""
+    config = meta["config"]
+    return envs.make(meta["env"], args.backend, privileged, config.get("odometer", False), args.horizon or config.get("horizon"))
 
 
 def replay_checkpoint(args) -> None:
     """--eval: prints return and cost of a checkpoint's policy."""
-    arrays, meta = load_policy(args.eval)
-    memory, horizon = meta["config"].get("odometer", False), args.horizon or meta["config"].get("horizon")
-    env = envs.make(meta["env"], args.backend, memory=memory, horizon=horizon)
+    assert args.eval is not None
+    arrays, meta = checkpoint.load_policy(args.eval)
+    if policies.expanded(arrays, meta):
+        raise logbook.BadInput(f"{args.eval}: its policy is PEX's, of two actors and the critics: replay it with algos/pex.py")
+    env = replayed_env(args, meta)
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
@@ -369,17 +375,33 @@ def replay_checkpoint(args) -> None:
 
 
 def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> None:
-    """Return and cost of a policy over --episodes; its --trajectory and --video."""
+    """Return and cost of a policy over --episodes; its --trajectory, --video and --export."""
+    if args.export:
+        export.check(args.export)
     key = jax.random.key(args.seed)
-    found = jax.jit(lambda key: evaluate(policy, key, env, args.episodes))(key)
-    found = episode_statistics({k: np.asarray(x, float) for k, x in found.items()}, cost_limit)
+    found = episode_statistics(replayed(env, policy, key, args.episodes), cost_limit)
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
+    shown = "drawn from the stochastic policy" if args.eval_policy == "sample" else "the policy's mean actions"
+    print(f"  actions: {shown} (--eval-policy {args.eval_policy})")
     if args.episodes > 1:
         print(f"  standard errors {found['return_se']:.2g} and {found['cost_se']:.2g}, length {found['length']:.0f}")
         print(f"  {found['share_above']:.1%} of the episodes above {cost_limit:g}, mean cost of the worst tenth {found['worst_tenth']:.1f}")
     for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
         if path:
             print(draw(env, policy, key, path))
+    if args.export:
+        print(export.onnx_file(policies.load_policy(args.eval), args.export))
+
+
+def replayed(env: envs.Env, policy: Callable, key: jax.Array, episodes: int) -> dict[str, np.ndarray]:
+    """{"return", "cost", "length"}, each (episodes,), some at a time: a simulator of another package's is a process's, of up to 30 MB."""
+    at_once = 1000 if isinstance(env, envs.Env) else 20
+    play = jax.jit(evaluate, static_argnums=(0, 2, 3))
+    rounds = []
+    for first in range(0, episodes, at_once):
+        own = key if first == 0 else jax.random.fold_in(key, first)
+        rounds.append(play(policy, own, env, min(at_once, episodes - first)))
+    return {k: np.concatenate([np.asarray(r[k], float) for r in rounds]) for k in rounds[0]}
 
 
 # ---------------------------------------------------------------- training on a dataset
