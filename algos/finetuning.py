@@ -4,20 +4,24 @@ The online phase runs `iterations` times: collect `episodes_per_iter` episodes, 
 `updates_per_iter` gradient steps. An algorithm brings its own gradient step, its behaviour policy and the policy it is judged by.
 """
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from algos import bc_safe, bear_lag, cpq, logbook, training
+from algos import bc_safe, bear_lag, checkpoint, cpq, logbook, policy, training
 from algos.lagrangian import LagrangianArgs, Multiplier, init_multiplier, update_multiplier
-from algos.networks import Networks
+from algos.networks import Actor, Networks
 from algos.seeds import vmap_seeds
-from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, Run, RunArgs
+from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, Run, RunArgs, Start
+from data import dsrl
 from data.replay import Replay, empty_replay, insert, sample, sample_recent
 from envs.rollout import Batch, Episodes, collect, start_rollout
 
@@ -72,8 +76,10 @@ class FinetuneArgs(
 
     preset: Literal["suite", "release"] = "suite"
     """whole configuration: this suite's, or that of Marvel's paper and code; the command line goes before it"""
-    offline: Literal["cpq", "bear_lag", "bc_safe"] = "cpq"
-    """phase 1: offline algorithm; bc_safe leaves no critics, so these start from new ones"""
+    offline: Literal["cpq", "bear_lag", "bc_safe"] | None = None
+    """phase 1: offline algorithm (default: cpq); bc_safe leaves no critics, so these start from new ones"""
+    init: Path | None = None
+    """instead of phase 1: start from the actor of this checkpoint, and from its critics if they fit; {seed} in it: a file for each seed"""
 
 
 # ---------------------------------------------------------------- presets: whole configurations
@@ -116,20 +122,109 @@ PRESETS = {"suite": SUITE, "release": RELEASE}
 # ---------------------------------------------------------------- phase 1
 
 
-def prepare(algo: str, args, multiples: dict[str, int] | None = None) -> Run:
-    """Checks the arguments; environment, dataset and run folder."""
+def prepare(algo: str, args, multiples: dict[str, int] | None = None, dataset: bool = False) -> Run:
+    """Checks the arguments; environment, dataset and run folder. `dataset`: phases after the first need it, whatever replay does."""
     logbook.check_numbers(args, {"offline_steps": CHUNK} | (multiples or {}))
-    return training.prepare(algo, args, cloned=getattr(OFFLINE[args.offline], "cloned", None))
+    if args.init and args.offline:
+        raise logbook.BadInput(f"--init {args.init} --offline {args.offline}: --init replaces the offline phase: leave one of them out")
+    if not args.init:
+        args = replace(args, offline=args.offline or "cpq")
+        return training.prepare(algo, args, cloned=getattr(OFFLINE[args.offline], "cloned", None))
+    cloned = cpq.cloned if dataset and getattr(args, "vpa_gate", False) else None
+    try:
+        return training.prepare(algo, args, dataset or args.replay == "mixed" or args.dataset is not None, cloned, start)
+    except dsrl.DatasetError as error:
+        if args.dataset:
+            raise
+        without = "--replay online" + (" --vpa-steps 0" if hasattr(args, "vpa_steps") else "")
+        raise logbook.BadInput(f"{error}; name another with --dataset, or do without: {without}") from None
 
 
 def pretrain(run: Run) -> dict:
-    """Phase 1: {"actor", "critics"} of the offline algorithm that --offline names; new critics where it has none."""
-    params = OFFLINE[run.args.offline].pretrain(run)
-    if "critics" in params:
-        return params
+    """Phase 1: {"actor", "critics"} of the offline algorithm that --offline names, or of --init; new critics where these have none."""
+    if run.start:
+        print(run.start.said, file=sys.stderr)
+    params = run.start.params if run.start else OFFLINE[run.args.offline].pretrain(run)
     networks = training.make_networks(run.args, run.env)
-    init = vmap_seeds(lambda key: training.init_params(key, networks, run.critic_obs_size)["critics"])
-    return params | {"critics": init(run.keys("init"))}
+    if "critics" not in params:
+        init = vmap_seeds(lambda key: training.init_params(key, networks, run.critic_obs_size)["critics"])
+        params = params | {"critics": init(run.keys("init"))}
+    return first_evaluation(run, params, networks) if run.start else params
+
+
+# ---------------------------------------------------------------- --init
+
+
+def start(args, env, seeds: list[int]) -> Start:
+    """The actor, and if they fit the critics, of the files that --init names; BadInput if an actor does not fit."""
+    networks, pattern = training.make_networks(args, env), str(args.init)
+    shapes = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size + env.privileged_size))
+    of_seed = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
+    found = {path: checkpoint.load(path, foreign=True) for path in dict.fromkeys(of_seed)}
+    for path, (arrays, meta) in found.items():
+        check_actor(path, arrays, meta.get("config", {}), args, networks.actor, env.name)
+    reasons = [why_new_critics(arrays, meta.get("config", {}), args, shapes["critics"]) for arrays, meta in found.values()]
+    taken = ["actor"] if any(reasons) else ["actor", "critics"]
+    trees = {
+        path: {name: logbook.restore(shapes[name], arrays, str(path), f"{name}/") for name in taken} for path, (arrays, _) in found.items()
+    }
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(trees[path] for path in of_seed))
+    arrays, meta = next(iter(found.values()))
+    part = ", its learned policy alone" if policy.expanded(arrays, meta) else ""
+    origin = f" ({meta['algo']} on {meta['env']}{part})" if {"algo", "env"} <= meta.keys() else ""
+    critics = f"; new critics: {next(filter(None, reasons))}" if any(reasons) else ""
+    files = [{"path": str(path), "sha256": dsrl.sha256(path)} for path in found]
+    return Start(params, files, f"start from the {' and the '.join(taken)} of {pattern}{origin}{critics}")
+
+
+def check_actor(path: Path, arrays: checkpoint.Arrays, config: dict, args, actor: Actor, env: str) -> None:
+    """BadInput, naming the argument that mends it, unless the actor of `arrays` is of the shape of `actor`."""
+    layers = checkpoint.layers(arrays, "actor/params/", str(path))
+    hidden, sizes = tuple(len(bias) for _, bias in layers[:-1]), (layers[0][0].shape[-2], layers[-1][1].shape[-1] / 2)
+    if sizes != (actor.obs_size, actor.action_size):
+        takes = f"takes {sizes[0]} numbers and gives {sizes[1]:g}"
+        raise logbook.BadInput(
+            f"--init {path}: its policy {takes}, {env} has {actor.obs_size} and {actor.action_size}: name one of this task"
+        )
+    if hidden != actor.hidden:
+        words = lambda widths: " ".join(map(str, widths))
+        raise logbook.BadInput(
+            f"--init {path}: its policy has hidden layers {words(hidden)}, not {words(actor.hidden)}: --hidden {words(hidden)}"
+        )
+    if config.get("symlog", args.symlog) != args.symlog:
+        raise logbook.BadInput(f"--init {path}: its policy was trained with the other input: {switch('symlog', config['symlog'])}")
+
+
+def why_new_critics(arrays: checkpoint.Arrays, config: dict, args, shapes: dict) -> str:
+    """Why the critics in `arrays` cannot be taken; empty if they can."""
+    if not any(name.startswith("critics/") for name in arrays):
+        return "it holds none"
+    for name in ("symlog", "layer_norm", "gamma", "reward_scale"):
+        if config.get(name, getattr(args, name)) != getattr(args, name):
+            return f"its own were trained with {switch(name, config[name])}"
+    try:
+        logbook.restore(shapes, arrays, "", "critics/")
+    except logbook.BadInput:
+        return "its own have other sizes (--num-critics, --cost-critics, --privileged-critic)"
+    return "" if all(np.isfinite(x).all() for name, x in arrays.items() if name.startswith("critics/")) else "its own are not finite"
+
+
+def switch(name: str, value) -> str:
+    """How an argument is written on the command line."""
+    flag = name.replace("_", "-")
+    return f"--{flag} {value:g}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+
+
+def first_evaluation(run: Run, params: dict, networks: Networks) -> dict:
+    """`params` as they are, after the policy of --init was evaluated; its row is of the offline phase, after no gradient steps."""
+    evaluated = lambda actor: training.evaluated_policy(networks.actor, actor, run.args.eval_policy)
+    show = training.make_evaluator(run, evaluated)
+
+    def block(n, carry):
+        show("offline", (carry[0]["actor"],), 0, True, gradient_steps=0, env_steps=0)
+        return carry
+
+    return run.log.run("offline", 0, (params,), block)[0]
 
 
 # ---------------------------------------------------------------- phase 3

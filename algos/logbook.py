@@ -46,8 +46,8 @@ from envs import TASKS, UnknownName, folder, reference
 from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where, what to replay, and how often to save: the results do not depend on these. The dataset counts by its hash.
-NOT_CONFIGURATION = ("runs", "eval", "episodes", "video", "trajectory", "export", "dataset", "resume", "checkpoint_seconds")
+# Where, what to replay, and how often to save: the results do not depend on these. Dataset and --init count by their files' hashes.
+NOT_CONFIGURATION = "runs eval episodes video trajectory export dataset init resume checkpoint_seconds".split()
 IF_GIVEN = ("horizon",)  # part of a configuration only where there is one
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
@@ -251,21 +251,32 @@ def finite(tree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x.reshape(x.shape[0], -1)), 1) for x in numbers]), 0)
 
 
+def portable(file: dict) -> dict:
+    """`file` with a "path" that means the same on other machines, where that is in the repository."""
+    path = Path(file["path"])
+    return file | {"path": str(path.relative_to(ROOT))} if path.is_relative_to(ROOT) else file
+
+
 class Logbook:
     """One run of one algorithm over several seeds: blocks, rows, progress, checkpoints; writes the folder.
 
     With `config["resume"]` it goes on in the newest unfinished folder of the same configuration, if there is one.
     """
 
-    def __init__(self, algo: str, env: str, config: dict, seeds: list[int], dataset: dict | None = None):
+    def __init__(
+        self, algo: str, env: str, config: dict, seeds: list[int], dataset: dict | None = None, init: list[dict] | None = None
+    ):  # fmt: skip
+        """`dataset` and the files of `init` are described by their "path", "sha256" and whatever else there is to say."""
         self.seeds, self._every = seeds, config["checkpoint_seconds"]
-        if dataset and Path(dataset["path"]).is_relative_to(ROOT):  # a path that means the same on other machines
-            dataset = dataset | {"path": str(Path(dataset["path"]).relative_to(ROOT))}
+        dataset, init = dataset and portable(dataset), init and [portable(file) for file in init]
         runs, wants_resume = config["runs"] / folder(env) / algo, config["resume"]
         config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION and (k not in IF_GIVEN or v is not None)}
+        if init:
+            config["init"] = [file["sha256"] for file in init]
         packages = ("jax", "flax", "optax", "numpy", "mujoco", "gymnasium", "safety-gymnasium")
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
+            "init": init,
             "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,

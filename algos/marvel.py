@@ -178,7 +178,8 @@ def vpa_phase(run: Run, params: dict) -> dict:
     optimizers = {"critics": training.critic_adam(args.vpa_lr, args.vpa_cost_lr)}
     limits = cpq.thresholds(args.cost_limit, args.gamma, run.env.horizon)
     step = partial(vpa_step, networks=networks, optimizers=optimizers, args=args, limits=limits)
-    data = run.batches("data", "cloned") if args.vpa_gate and run.cloned is not None else run.batches("data")
+    names = ("data", "cloned") if args.vpa_gate and run.cloned is not None else ("data",)
+    data = run.batches(*names) if args.vpa_steps else ()
     train = partial(training.train_on_dataset, step=step, batch_size=args.vpa_batch_size, steps=CHUNK)
     train = vmap_seeds(train, (0, None, 0))
     show = training.make_evaluator(run, lambda actor: training.evaluated_policy(networks.actor, actor, args.eval_policy))
@@ -215,7 +216,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare("marvel", args, {"vpa_steps": CHUNK})
+    run = finetuning.prepare("marvel", args, {"vpa_steps": CHUNK}, args.vpa_steps > 0)
     params = finetuning.pretrain(run)
     params = vpa_phase(run, params)
     params = online_phase(run, params)

@@ -30,7 +30,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-import envs
 from algos import checkpoint, finetuning, logbook, policy, training
 from algos.finetuning import FinetuneArgs
 from algos.networks import Networks, kl_divergence, sample_action

@@ -217,6 +217,14 @@ def _fold_in(root, stream, n):
     return jax.random.fold_in(jax.random.fold_in(root, stream), n)
 
 
+class Start(NamedTuple):
+    """Parameters from files (--init)."""
+
+    params: dict  # leaves (seeds, ...)
+    files: list[dict]  # {"path", "sha256"} of each file
+    said: str  # one line about them
+
+
 class Run(NamedTuple):
     """What main decides and the phases need."""
 
@@ -228,6 +236,7 @@ class Run(NamedTuple):
     data: Batch | None = None  # all transitions of the dataset
     cloned: Batch | None = None  # those that the offline algorithm imitates
     max_cost: float = 1.0  # largest cost of a step in the dataset
+    start: Start | None = None  # what --init gives instead of phase 1
 
     def keys(self, stream: str, n: int = 0) -> jax.Array:
         """(seeds,) the n-th key of a stream, the same however the run got there."""
@@ -244,10 +253,11 @@ class Run(NamedTuple):
         return self.env.obs_size + self.env.privileged_size
 
 
-def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = None) -> Run:
+def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = None, start: Callable | None = None) -> Run:
     """Environment, dataset and run folder; whatever is wrong with the arguments is said before anything is written.
 
-    `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates.
+    `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates, `start(args, env, seeds)` the
+    Start of the run.
     """
     for flag in ("video", "trajectory", "export"):
         if getattr(args, flag):
@@ -260,7 +270,8 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     seeds = list(range(args.seed, args.seed + args.seeds))
     roots = jax.vmap(jax.random.key)(jnp.array(seeds))
     if not dataset:
-        return Run(args, env, Logbook(algo, env.name, asdict(args), seeds), roots)
+        begin = start(args, env, seeds) if start else None
+        return Run(args, env, Logbook(algo, env.name, asdict(args), seeds, init=begin and begin.files), roots, start=begin)
     path, seen = args.dataset or collect.provided(env.name), env.obs_size - env.memory_size
     loaded, about = public.load(path, env=env.name, obs_size=seen, action_size=env.action_size)
     path = about["path"]
@@ -278,8 +289,9 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     chosen = None if cloned is None else cloned(loaded, args, path)
     imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
-    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit))
-    return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()))
+    begin = start(args, env, seeds) if start else None
+    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit), begin and begin.files)
+    return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()), begin)
 
 
 def remembering(dataset: dsrl.Dataset, env: envs.Env) -> dsrl.Dataset:
