@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from algos import logbook
+from algos import load_policy, logbook
 from data import dsrl
+from tests.test_policy import jax_action
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
@@ -218,12 +219,53 @@ def test_finetuning_from_another_offline_algorithm(offline, place, finished):
     assert drop(rows(run_folder(place / f"runs-{offline}", "naive_o2o"))) == drop(made)
 
 
-@pytest.mark.parametrize("algo", ["marvel", "pex"])
-def test_eval_replays_a_checkpoint(algo, place, finished):
+@pytest.mark.parametrize("algo", TINY)
+def test_the_numpy_policy_is_the_evaluated_one(algo, place, finished):
     _, folder = finished(algo)
-    done = script(algo, f"--eval {folder / 'checkpoint-seed0.safetensors'} --episodes 2", place / "runs", place)
+    path, (dataset, _) = folder / "checkpoint-seed0.safetensors", dsrl.load(place / "point.hdf5")
+    policy, obs = load_policy(path), dataset.observations[::100]
+    seen = dataset.privileged[::100, : policy.privileged_size]
+    assert (policy.algo, policy.env, policy.privileged_size) == (algo, ENV, 1 if algo == "pex" else 0)
+    np.testing.assert_allclose(policy(obs, seen), jax_action(path, obs, seen), atol=1e-6)
+
+
+def test_starting_from_a_checkpoint_is_the_offline_phase_to_the_bit(place, finished):
+    """Marvel from CPQ's actor and critics by --init: what it learns from there on is what it learns after phase 1."""
+    (_, cpq), (_, marvel) = finished("cpq"), finished("marvel")
+    start = cpq / "checkpoint-seed0.safetensors"
+    done = script("marvel", f"{TINY['marvel']} --init {start}", place / "runs-init", place)
+    assert done.returncode == 0 and "start from the actor and the critics of" in done.stderr, done.stderr[-3000:]
+    folder = run_folder(place / "runs-init", "marvel")
+    equal_checkpoints(folder, marvel)
+    first, *rest = rows(folder)
+    assert (first["phase"], first["event"], first["gradient_steps"]) == ("offline", "eval", "0")
+    assert [row["phase"] for row in rest if row["event"] != "rank"][0] == "vpa"
+    assert json.loads((folder / "config.json").read_text())["init"] == [{"path": str(start), "sha256": dsrl.sha256(start)}]
+
+
+def test_starting_from_an_actor_needs_neither_critics_nor_a_dataset(place, finished):
+    """One actor for two seeds, of a task whose dataset is not asked for."""
+    _, cloned = finished("bc_safe")
+    words = "--eval-episodes 2 --final-eval-rounds 1 --hidden 32 --iterations 1 --evals 1 --updates-per-iter 20 --seeds 2"
+    done = script("naive_o2o", f"{words} --init {cloned / 'checkpoint-seed0.safetensors'}", place / "runs-init", place)
+    assert done.returncode == 0 and "new critics: it holds none" in done.stderr, done.stderr[-3000:]
+    folder = run_folder(place / "runs-init", "naive_o2o")
+    assert json.loads((folder / "config.json").read_text())["dataset"] is None
+    start, *ends = (logbook.load(path)[0] for path in (cloned / "checkpoint-seed0.safetensors", *sorted(folder.glob("checkpoint-*"))))
+    critic = "critics/cost/params/VmapCritic_0/Dense_0/kernel"
+    for end in ends:
+        for name in (name for name in start if name.startswith("actor/")):
+            np.testing.assert_array_equal(end[name.replace("actor", "prior", 1)], start[name])
+    assert len(ends) == 2 and (ends[0][critic] != ends[1][critic]).any()
+
+
+@pytest.mark.parametrize("algo, how, said", [("marvel", "sample", "drawn from the stochastic policy"), ("pex", "mean", "mean actions")])
+def test_eval_replays_a_checkpoint(algo, how, said, place, finished):
+    _, folder = finished(algo)
+    words = f"--eval {folder / 'checkpoint-seed0.safetensors'} --episodes 2 --eval-policy {how}"
+    done = script(algo, words, place / "runs", place)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(rf"{ENV}: 2 episodes, return -?\d+\.\d, cost \d+\.\d", done.stdout)
+    assert re.search(rf"{ENV}: 2 episodes, return -?\d+\.\d, cost \d+\.\d", done.stdout) and said in done.stdout
 
 
 # ---------------------------------------------------------------- bad input
