@@ -3,8 +3,8 @@
 Intervals of means are studentised bootstraps over seeds (bootstrap-t; Efron and Tibshirani 1993, chapter 12), never narrower than
 Student's t. Costs are skewed, and of a lognormal variable the percentile bootstrap and Student's t cover the mean in 80% of
 the cases instead of 95%; these do in 90% (`test_intervals_cover_the_mean`). Shares of seeds have Wilson's interval.
-Over tasks: interquartile mean and probability of improvement with a bootstrap stratified by task (Agarwal et al., arXiv
-2108.13264); the latter also with the tasks themselves resampled, which says what other tasks of this kind might show.
+Over tasks: interquartile mean, performance profile and probability of improvement with a bootstrap stratified by task (Agarwal
+et al., arXiv 2108.13264); the last also with the tasks themselves resampled, which says what other tasks of this kind might show.
 """
 
 import math
@@ -195,6 +195,19 @@ def stratified_mean(tasks: list[np.ndarray], confidence: float = 0.95) -> tuple[
     drawn = np.mean([_resampled(rng, task).mean(1) for task in tasks], 0)
     mean = float(np.mean([task.mean() for task in tasks]))
     return mean, *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+
+
+def profile(tasks: list[np.ndarray], taus, confidence: float = 0.95) -> np.ndarray:
+    """(3, T): the share of runs whose score is above each of `taus` (T,), and its pointwise interval (Agarwal et al., section 4.3).
+
+    `tasks` holds the scores (seeds,) of each task, which count the same; the bootstrap is stratified by task. A score of -inf is
+    above no tau.
+    """
+    rng = np.random.default_rng(0)
+    above = [task[:, None] > np.asarray(taus) for task in tasks]
+    draw = lambda x: rng.multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) @ x / len(x)  # how often each seed is drawn
+    low, high = np.quantile(np.mean([draw(x) for x in above], 0), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return np.stack([np.mean([x.mean(0) for x in above], 0), low, high])
 
 
 def improvement(

@@ -1,7 +1,9 @@
 """Writes results/README.md, its figures, and the tables in README.md and algos/README.md, from the CSV and JSON files: `make report`."""
 
 import math
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -53,6 +55,12 @@ CLAIMS = [  # (claim, what Marvel is compared with)
     ("... than SAC-Lagrangian from scratch", "sac_lag"),
     ("... than behaviour cloning of the safe data", "bc_safe"),
 ]
+
+PROFILES = (
+    "Performance profiles: the share of runs, each a seed on a task, whose score is above a value; mean over tasks. Bands: 95% bootstrap "
+    "over seeds, stratified by task. Left, the normalised final return: higher is better. Right, the final cost / limit: lower is "
+    "better, and at 1 stands the share of unsafe runs. A diverged run has the lowest return and the highest cost."
+)
 
 Task = dict[str, Run]  # name -> run, all of one environment and cost limit
 
@@ -231,38 +239,54 @@ def claims(tasks: dict[str, Task]) -> list[str]:
     ]
 
 
+def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
+    """What figures over tasks may compare: the tasks that all algorithms have which ran, or else the task that the most have; of
+    the algorithms that have all of these, on each task the seeds that all of them have. {} if nothing is left."""
+    ran = {name for name in PLAIN for task in tasks.values() if name in task}
+    common = [env for env, task in tasks.items() if ran <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
+    names = [name for name in ALGOS if name not in STEPS and all(name in tasks[env] for env in common)]
+    kept: dict[str, Task] = {}
+    for env in common if names else ():
+        seeds = set.intersection(*(set(tasks[env][name].seeds) for name in names))
+        if seeds and not math.isnan(best_safe_return(tasks[env])):
+            rows = lambda run: [row for row in run.rows if row["seed"] in seeds]
+            kept[env] = {name: replace(tasks[env][name], rows=rows(tasks[env][name])) for name in names}
+    return kept
+
+
 def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
-    rows, shown = [], []
-    # The figure compares like with like: what ran on all tasks that every algorithm has, or else on the task that the most have.
-    common = [env for env, task in tasks.items() if set(PLAIN) <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
+    rows, shown, alike = [], [], comparable(tasks)
+    best_of = {env: best_safe_return(task) for env, task in tasks.items()}
     for name in (name for name in ALGOS if name not in STEPS):
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
             continue
         scores, safe = {}, 0
         for env, run in runs.items():
-            found, best = alive(run), best_safe_return(tasks[env])
+            found = alive(run)
             safe += bool(found["cost"].size and found["cost"].mean() <= run.cost_limit)
-            if found["return"].size and not math.isnan(best):
-                scores[env] = found["return"] / best
+            if found["return"].size and not math.isnan(best_of[env]):
+                scores[env] = found["return"] / best_of[env]
         middle = measures.iqm(list(scores.values())) if scores else None
         better = compared(tasks, "marvel", name) if name != "marvel" else {}
-        if set(common) <= scores.keys():
-            among = compared({env: tasks[env] for env in common}, "marvel", name) if name != "marvel" else {}
-            shown.append((name, measures.iqm([scores[env] for env in common]), among.get("final")))
+        among = [alive(task[name])["return"] / best_of[env] for env, task in alike.items() if name in task]
+        if among and all(values.size for values in among):
+            final = compared(alike, "marvel", name).get("final") if name != "marvel" else None
+            shown.append((name, measures.iqm(among), final))
         cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "over_tasks", "return", "regret")]
         lost = sum(len(run.diverged) for run in runs.values())
         seeds = f"{len(runs)} ({sum(len(run.seeds) for run in runs.values())}{f', {lost} diverged' if lost else ''})"
         rows.append([NAMES[name], seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
     drawn = draw_aggregate(shown, folder / f"aggregate{suffix}.png")
+    profiles = draw_profiles(alike, best_of, folder / f"profiles{suffix}.png")
+    counts = ", ".join(f"{env} ({len(next(iter(task.values())).seeds)})" for env, task in alike.items())
     return [
         "## Over all tasks",
         "",
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
         'violation regret), mean over tasks. 95% intervals: seeds resampled within each task; "tasks resampled": the tasks as '
-        "well. Lines over other tasks are not comparable; the tables per task follow below."
-        f" The figure shows only what ran on all of {', '.join(common)}.",
+        "well. Lines over other tasks are not comparable; the tables per task follow below.",
         "",
         *markdown(
             [
@@ -278,8 +302,10 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             rows,
         ),
         *missing({name for task in tasks.values() for name in task}),
+        *([f"The figures compare the same tasks and seeds only. Tasks (seeds): {counts}.", ""] if drawn or profiles else []),
         *([f"![Interquartile means and probabilities of improvement](aggregate{suffix}.png)", ""] if drawn else []),
-        "Data: the commands under each task below; table and figure: `make report`.",
+        *([PROFILES, "", f"![Performance profiles](profiles{suffix}.png)", ""] if profiles else []),
+        "Data: the commands under each task below; table and figures: `make report`.",
         "",
     ]
 
@@ -556,6 +582,37 @@ def draw_aggregate(shown: list[tuple], path: Path) -> bool:
     return save(figure, path)
 
 
+def draw_profiles(tasks: dict[str, Task], best_of: dict[str, float], path: Path) -> bool:
+    """Performance profiles of the normalised final return and of the final cost / limit, with bands; offline algorithms dashed."""
+    names = [name for name in PLAIN if all(name in task for task in tasks.values())] if tasks else []
+    limit = next(run.cost_limit for task in tasks.values() for run in task.values()) if names else math.nan
+    if not names or not 0 < limit < math.inf:
+        return False
+    found = {name: {env: measures.per_seed(task[name]) for env, task in tasks.items()} for name in names}
+    returns = {name: [np.nan_to_num(m["return"] / best_of[env], nan=-np.inf) for env, m in of.items()] for name, of in found.items()}
+    costs = {name: [np.nan_to_num(m["cost"] / limit, nan=np.inf) for m in of.values()] for name, of in found.items()}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for axis, scores in zip(axes, (returns, costs)):
+        values = measures.finite(np.concatenate([task for of in scores.values() for task in of]))
+        taus = np.unique([0.0, *values, *(values - 1e-9)])  # a profile is a staircase: its value on each step
+        for name in names:
+            share, low, high = measures.profile(scores[name], taus)
+            axis.plot(
+                taus, share, color=COLOURS[name], lw=2 if name == "marvel" else 1.3, ls="--" if name in OFFLINE else "-", label=NAMES[name]
+            )
+            axis.fill_between(taus, low, high, color=COLOURS[name], alpha=0.08, lw=0)
+    axes[0].set_xlabel("final return / best safe return of the data")
+    axes[0].set_ylabel("share of runs above it")
+    axes[1].set_xlabel("final cost / limit")
+    axes[1].axvline(1, color="red", lw=1.2, ls="--", label="cost limit")
+    axes[1].set_xscale("symlog", linthresh=1)
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].set_xlim(left=0)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=4, fontsize=8, frameon=False)
+    return save(figure, path, top=0.98 - 0.04 * math.ceil(len(handles) / 4))
+
+
 def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
     """Per task and rung: cost per training episode in the first fifth, means and intervals over seeds."""
     figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 2.8 * len(shown), 3.6), sharey=True, squeeze=False)
@@ -599,11 +656,44 @@ def draw_alignment(tasks: dict[str, Task], path: Path) -> bool:
     return save(figure, path)
 
 
+# ---------------------------------------------------------------- scores
+
+
+def write_scores(tasks: dict[str, Task], folder: Path, suffix: str) -> set[Path]:
+    """Writes scores/NAME.npz of each algorithm, atomically; their paths.
+
+    Arrays (seeds, tasks), NaN where a seed was not run or diverged: "return", "cost", "train_cost" (see measures.MEANING); bool
+    "diverged". "seeds" (seeds,); "tasks" and "best_safe_return" (tasks,); "cost_limit" ().
+    """
+    written = set()
+    for name in {name: None for task in tasks.values() for name in task}:
+        runs = {env: task[name] for env, task in tasks.items() if name in task}
+        seeds = sorted(set().union(*(run.seeds for run in runs.values())))
+        measured = {env: measures.per_seed(run) for env, run in runs.items()}
+        of = lambda env, key: dict(zip(runs[env].seeds, measured[env][key]))
+        column = lambda key: np.array([[of(env, key).get(seed, math.nan) for env in runs] for seed in seeds])
+        arrays = {key: column(key) for key in ("return", "cost", "train_cost")} | {
+            "diverged": np.array([[seed in run.diverged for run in runs.values()] for seed in seeds]),
+            "seeds": np.array(seeds),
+            "tasks": np.array(list(runs)),
+            "best_safe_return": np.array([best_safe_return(tasks[env]) for env in runs]),
+            "cost_limit": np.array(next(iter(runs.values())).cost_limit),
+        }
+        path = folder / "scores" / f"{name}{suffix}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+        written.add(path)
+    return written
+
+
 # ---------------------------------------------------------------- the whole
 
 
 def report(folder: Path) -> str:
-    """The text of README.md; draws the figures on the way. Raises csvs.BadInput."""
+    """The text of README.md; draws the figures and writes scores/ on the way. Raises csvs.BadInput."""
     runs = csvs.baselines(folder)
     if not runs:
         raise csvs.BadInput(f"{folder}: no ENV/ALGO.csv: make some with `make sweep` and `make accept`")
@@ -618,9 +708,16 @@ def report(folder: Path) -> str:
         *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
         "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
         "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, and losing every comparison", "",
+        "For statistics of your own, `scores/NAME.npz` has the last evaluations of an algorithm as arrays (seeds, tasks), NaN where a seed",
+        "was not run or diverged; `write_scores` in `results/report.py` says what else. [rliable](https://github.com/google-research/rliable)",
+        "takes them where no NaN is left:", "",
+        "```python",
+        "found = {name: np.load(f'results/scores/{name}.npz') for name in ('marvel', 'pex')}",
+        "scores = {name: x['return'] / x['best_safe_return'] for name, x in found.items()}  # of x['seeds'] on x['tasks']",
+        "```", "",
     ]  # fmt: skip
     limits = sorted({run.cost_limit for run in runs.values()}, key=lambda limit: (limit != csvs.LIMIT, limit))
-    any_unseen = any(run.unseen for run in runs.values())
+    any_unseen, scores = any(run.unseen for run in runs.values()), set()
     if not any_unseen:
         lines += [f"There are no results of seeds from {csvs.UNSEEN} on yet.", ""]
     for limit, unseen in [(limit, unseen) for unseen in (True, False) for limit in limits]:
@@ -641,6 +738,9 @@ def report(folder: Path) -> str:
         lines += claims(tasks) + over_tasks(tasks, folder, suffix) + ladder(tasks, folder, suffix) + alignment(tasks, folder, suffix)
         for env, task in tasks.items():
             lines += section(env, task, folder, suffix)
+        scores |= write_scores(tasks, folder, suffix)
+    for path in set((folder / "scores").glob("*.npz")) - scores:  # of results that are gone
+        path.unlink()
     return "\n".join(lines + settings_tried(folder)).rstrip() + "\n"
 
 

@@ -291,6 +291,9 @@ def test_aggregates_worked_out_by_hand():
     assert middle == 1.5 and low <= 1.5 <= high
     p, low, high = measures.improvement([(np.array([1.0, 3.0]), np.array([2.0, 3.0])), (np.array([5.0]), np.array([1.0]))])
     assert p == pytest.approx(((0 + 0 + 1 + 0.5) / 4 + 1) / 2) and low <= p <= high
+    shares, low, high = measures.profile([np.array([0.0, 1.0]), np.array([2.0, -math.inf])], [-1.0, 0.5, 1.0, 2.0])
+    assert shares.tolist() == [0.75, 0.5, 0.25, 0.0] and (low <= shares).all() and (shares <= high).all()
+    assert (low[0], high[0], high[-1]) == (0.5, 1.0, 0.0)  # at -1 one seed of the second task alone decides; nothing is above 2
     x, y = measures.as_numbers(measures.constrained_order([900, 100], [30, 5], 20), measures.constrained_order([50, 999], [20, 25], 20))
     assert list(np.argsort(np.concatenate([x, y]))) == [0, 3, 2, 1]  # cost 30, cost 25, safe 50, safe 100
 
@@ -457,17 +460,66 @@ def test_report_says_what_the_numbers_say(tmp_path):
         assert content[:4] == b"\x89PNG" and len(content) < 150_000, figure
 
 
-def test_the_aggregate_figure_shows_only_rows_over_the_same_tasks(tmp_path, monkeypatch):
-    """Marvel ran on a second task, a control on that one only: neither changes what the figure compares."""
+def test_figures_over_tasks_compare_the_same_tasks_and_seeds(tmp_path, monkeypatch):
+    """Marvel ran on a second task and with more seeds, a control on that task only: neither changes what the figures compare."""
     for name in report.PLAIN:
         csvs.write(make_run(name), tmp_path)
     drawn = []
-    monkeypatch.setattr(report, "draw_aggregate", lambda shown, path: drawn.append(shown))
-    report.report(tmp_path)
+    monkeypatch.setattr(report, "draw_aggregate", lambda shown, path: drawn.append(shown) or True)
+    monkeypatch.setattr(report, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
+    text = report.report(tmp_path)
+    assert f"Tasks (seeds): {ENV} (5)." in text
+    shutil.rmtree(tmp_path / ENV)
+    for name in report.PLAIN:
+        csvs.write(make_run(name, seeds=7 if name == "marvel" else 5), tmp_path)
     for name, final in (("marvel", 100.0), ("marvel+pid", 900.0)):
         csvs.write(make_run(name, final=final, env="SafetyCarRun"), tmp_path)
+    assert f"Tasks (seeds): {ENV} (5)." in report.report(tmp_path)
+    assert drawn[0] == drawn[2] and {name for name, *_ in drawn[0]} == set(report.PLAIN)
+    seeds = [{env: {name: run.seeds for name, run in task.items()} for env, task in tasks.items()} for tasks in drawn[1::2]]
+    assert seeds[0] == seeds[1] == {ENV: {name: [0, 1, 2, 3, 4] for name in report.PLAIN}}
+
+
+def test_an_algorithm_that_has_not_run_does_not_shrink_the_figures(tmp_path, monkeypatch):
+    for env in (ENV, "SafetyCarRun"):
+        for name in ("marvel", "cpq"):
+            csvs.write(make_run(name, env=env), tmp_path)
+    csvs.write(make_run("marvel+pid"), tmp_path)
+    drawn = []
+    monkeypatch.setattr(report, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
     report.report(tmp_path)
-    assert drawn[0] == drawn[1] and {name for name, *_ in drawn[0]} == set(report.PLAIN)
+    assert {env: set(task) for env, task in drawn[0].items()} == {env: {"marvel", "cpq"} for env in (ENV, "SafetyCarRun")}
+
+
+def test_a_diverged_seed_has_the_lowest_return_and_the_highest_cost_in_the_profiles(tmp_path, monkeypatch):
+    run = make_run(seeds=2, final=800.0, cost=10.0, noise=0.0)
+    csvs.write(replace(run, rows=[*run.rows[:3], row(0, "online", "diverged", 777), *(r for r in run.rows if r["seed"] == 1)]), tmp_path)
+    scores = []
+    real = measures.profile
+    monkeypatch.setattr(measures, "profile", lambda tasks, taus: scores.append([list(task) for task in tasks]) or real(tasks, taus))
+    report.report(tmp_path)
+    assert scores == [[[-math.inf, 1.0]], [[math.inf, 0.5]]]  # the best safe return is 800, the limit 20
+    assert (tmp_path / "profiles.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scores_are_arrays_of_seeds_and_tasks(tmp_path):
+    """Without pickles; the two kinds of seeds apart; what is gone leaves nothing behind."""
+    run = make_run("marvel", seeds=3, noise=0.0)
+    rows = [*(r for r in run.rows if r["seed"] != 1), *seed_rows(1)[:3], row(1, "online", "diverged", 777)]
+    csvs.write(on_seeds(replace(run, rows=rows), 100), tmp_path)
+    csvs.write(on_seeds(make_run("marvel", seeds=2, final=400.0, cost=50.0, noise=0.0, env="SafetyCarRun"), 100), tmp_path)
+    csvs.write(make_run("pex"), tmp_path)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "jsrl.npz").touch()
+    report.report(tmp_path)
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"marvel.npz", "pex-chosen.npz"}
+    with np.load(tmp_path / "scores" / "marvel.npz") as found:
+        assert found["tasks"].tolist() == [ENV, "SafetyCarRun"] and found["seeds"].tolist() == [100, 101, 102]
+        np.testing.assert_array_equal(found["return"], [[700, 400], [math.nan, 400], [700, math.nan]])
+        np.testing.assert_array_equal(found["cost"], [[10, 50], [math.nan, 50], [10, math.nan]])
+        np.testing.assert_array_equal(found["train_cost"], [[15, 15], [math.nan, 15], [15, math.nan]])
+        assert found["diverged"].tolist() == [[False, False], [True, False], [False, False]]
+        assert found["best_safe_return"].tolist() == [800, 800] and found["cost_limit"] == 20
 
 
 def test_report_reads_whatever_is_present(tmp_path):
@@ -546,7 +598,7 @@ def test_a_row_says_how_many_settings_were_tried(tmp_path):
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.npz", "*.png"))
     committed = (ROOT / "results" / "README.md").read_text()
     assert report.report(tmp_path / "results") == committed, "run `make report`"
     page = (ROOT / "algos" / "README.md").read_text()
@@ -554,6 +606,13 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     assert page.count("| Marvel |") == 1
     page = (ROOT / "README.md").read_text()
     assert report.put_between_marks(page, report.overview(tmp_path / "results")) == page, "run `make report`"
+    made, kept = ({path.name: path for path in (place / "scores").iterdir()} for place in (tmp_path / "results", ROOT / "results"))
+    assert made.keys() == kept.keys(), "run `make report`"
+    for name in made:
+        with np.load(made[name]) as new, np.load(kept[name]) as old:
+            assert new.keys() == old.keys()
+            for key in new:
+                np.testing.assert_array_equal(new[key], old[key], err_msg=f"{name} {key}: run `make report`")
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", committed):
         assert (ROOT / "results" / figure).stat().st_size < 150_000
 
