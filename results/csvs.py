@@ -81,6 +81,11 @@ class BadInput(ValueError):
     """An argument, or a file that is no results file of this suite; the message is one line that names place and mend."""
 
 
+def folder(env: str) -> str:
+    """Where an environment's files lie below runs/ and results/: an own one's name, module:id, is no file name everywhere."""
+    return env.replace(":", "/")
+
+
 class Parser(argparse.ArgumentParser):
     """Command lines whose errors are one line; @FILE reads arguments from a file, one a line, # starts a comment."""
 
@@ -351,7 +356,7 @@ def merge(first: Run, second: Run) -> Run:
 
 def write(run: Run, results: Path) -> Path:
     """Writes results/ENV/NAME.csv and .json, each atomically; returns the CSV's path."""
-    path = results / run.env / f"{stem(run.name, run.cost_limit)}.csv"
+    path = results / folder(run.env) / f"{stem(run.name, run.cost_limit)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def text(column, value):

@@ -74,7 +74,7 @@ def attempt(algo: str, env: str, arguments: list[str], seeds: range, runs: Path)
         said = errors.read().strip().splitlines()[-1:]
     if code:
         raise BadInput(f"{algo} {env} {' '.join(arguments)}: exit code {code}: {' '.join(said)}")
-    folder = max((runs / env / algo).glob("*/config.json"), key=lambda path: path.stat().st_mtime).parent
+    folder = max((runs / csvs.folder(env) / algo).glob("*/config.json"), key=lambda path: path.stat().st_mtime).parent
     run = csvs.load(folder)
     minutes = round((time.monotonic() - start) / 60, 2)
     return outcome(run) | {"minutes": minutes, "commit": run.about["runs"][0]["commit"]}

@@ -223,13 +223,16 @@ STEP = "def step(self, action):\n    return "
         ("action_space = Discrete(3)", "its action space, Discrete, must be a Box of one axis.*ActionWrapper"),
         ("action_space = Box(-np.inf, 1, (2,))", "its action space has infinite bounds: give finite"),
         ("action_space = Box(0, 9, (2,), np.int64)", "its actions are int64: must be floats"),
-        (STEP + "np.zeros(2), 0.0, False, False, {}", r'plain:Plain-v0: step\(\) gives no info\["cost"\]: put the cost of the step there'),
+        (
+            STEP + "np.zeros(2), 0.0, False, False, {}",
+            r'plain:Plain-v0: Plain.step\(\) gives no info\["cost"\]: put the cost of the step there',
+        ),
         (STEP + "np.zeros(2), 0.0, False, {}", r"step\(\) must return \(observation, reward, terminated, truncated, info\)"),
         (STEP + 'np.zeros(3), 0.0, False, False, {"cost": 0}', r"step\(\) gives an observation of shape \(3,\), its .* has \(2,\)"),
         (STEP + 'np.full(2, np.nan), 0.0, False, False, {"cost": 0}', r"step\(\) gives an observation with NaN or inf, first in entry 0"),
         (STEP + 'np.zeros(2), np.nan, False, False, {"cost": 0}', r"step\(\) gives the reward nan: must be finite"),
         (STEP + 'np.zeros(2), None, False, False, {"cost": [1, 2]}', r"step\(\) gives the cost \[1, 2\]: must be one number"),
-        (STEP + 'np.zeros(2), 0.0, False, False, {"cost": -1}', r"step\(\) gives a cost of -1: must be >= 0"),
+        (STEP + 'np.zeros(2), 0.0, False, False, {"cost": -1}', r"step\(\) gives the cost -1: must be >= 0"),
         (STEP + "[][3]", r"a simulator failed: IndexError: list index out of range \(plain.py, line \d+, in step\)"),
         (STEP + "sys.exit('over')", r"a simulator failed: SystemExit: over \(plain.py, line \d+, in step\)"),
         (STEP + "__import__('os')._exit(3)", r"a simulator process died \(exit code 3\)"),
@@ -285,7 +288,7 @@ def test_no_dataset_names_the_mend():
 def test_a_failure_in_the_middle_leaves_the_pool_whole(tmp_path, monkeypatch):
     """Every process has answered before the failure is raised: the next answers are those to the next questions."""
     monkeypatch.chdir(tmp_path)
-    env = envs.make(write(tmp_path, STEP + 'np.float32(action), 1 / (action[0] != 0.25), False, False, {"cost": 0}', limit=50))
+    env = envs.make(write(tmp_path, STEP + 'np.float32(action), 1 / int(action[0] != 0.25), False, False, {"cost": 0}', limit=50))
     pool, seeds = env._pool, np.arange(4, dtype=np.uint32)
     arguments = lambda actions: (seeds, np.zeros((4, 50, 2), np.float32), np.zeros(4, int), np.float32(actions), np.zeros(4, bool), seeds)
     first = pool.reset(seeds)

@@ -91,6 +91,7 @@ class Gymnasium:
         self.env = gymnasium.make(spec, disable_env_checker=True, **options)
         if self.env.spec is not None:  # a wrapper inside may know
             self.limit = self.limit or self.env.spec.max_episode_steps
+        self.title = type(self.env.unwrapped).__name__
         self._check_spaces(gymnasium.spaces.Box)
 
     def _check_spaces(self, Box) -> None:
@@ -128,21 +129,24 @@ class Gymnasium:
     def reset(self, seed: int) -> np.ndarray:
         out = self.env.reset(seed=seed)
         if not isinstance(out, tuple) or len(out) != 2:
-            raise Unusable("reset() must return (observation, info)")
-        return self._vector(out[0], "reset()")
+            raise Unusable(f"{self.title}.reset() must return (observation, info)")
+        return self._vector(out[0], f"{self.title}.reset()")
 
     def step(self, action: np.ndarray):
         space = self.env.action_space
         out = self.env.step(np.clip(action, space.low, space.high).astype(space.dtype))
+        step = f"{self.title}.step()"
         if not isinstance(out, tuple) or len(out) not in (5, 6):
-            raise Unusable("step() must return (observation, reward, terminated, truncated, info), or these with the cost after the reward")
+            raise Unusable(
+                f"{step} must return (observation, reward, terminated, truncated, info), or these with the cost after the reward"
+            )
         obs, reward, *cost, terminated, truncated, info = out
         if not cost and "cost" not in info:
-            raise Unusable('step() gives no info["cost"]: put the cost of the step there, a number >= 0, in every step')
-        cost = _number(cost[0] if cost else info["cost"], "cost")
+            raise Unusable(f'{step} gives no info["cost"]: put the cost of the step there, a number >= 0, in every step')
+        cost = _number(cost[0] if cost else info["cost"], f"{step} gives the cost")
         if cost < 0:
-            raise Unusable(f"step() gives a cost of {cost:g}: must be >= 0")
-        return self._vector(obs, "step()"), _number(reward, "reward"), cost, bool(terminated), bool(truncated)
+            raise Unusable(f"{step} gives the cost {cost:g}: must be >= 0")
+        return self._vector(obs, step), _number(reward, f"{step} gives the reward"), cost, bool(terminated), bool(truncated)
 
     def _vector(self, obs, method: str) -> np.ndarray:
         """A copy, as some environments return the same array again; float32, as the space says, and finite."""
@@ -163,9 +167,9 @@ def _number(value, what: str) -> float:
     try:
         number = float(np.asarray(value, np.float64).reshape(()))
     except (TypeError, ValueError):
-        raise Unusable(f"step() gives the {what} {value!r:.60}: must be one number") from None
+        raise Unusable(f"{what} {value!r:.60}: must be one number") from None
     if not np.isfinite(number):
-        raise Unusable(f"step() gives the {what} {number}: must be finite")
+        raise Unusable(f"{what} {number}: must be finite")
     return number
 
 
@@ -235,8 +239,8 @@ class Worker:
         first = episode(self._simulator(0))
         if not all(np.array_equal(first, episode(self._simulator(number))) for number in (1, 0)):
             raise Unusable(
-                "the same seed and actions give other numbers each time: reset() must call super().reset(seed=seed), set all that steps "
-                "change, and random numbers must come from self.np_random"
+                "the same seed and actions give other numbers each time: its reset() must call super().reset(seed=seed), set all that "
+                "steps change, and random numbers must come from self.np_random"
             )
 
     def film(self, seed: int, actions: np.ndarray, shown: set[int]) -> list[np.ndarray]:
