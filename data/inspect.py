@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,14 @@ def _replayed(env: envs.Env, dataset: Dataset) -> str | None:
     return None if same >= 0.9 else f"the costs of {REPLAYED} replayed transitions agree in {same:.0%}"
 
 
+@cache
+def _native(name: str) -> tuple[envs.Env, Any, np.ndarray]:
+    """A native task on C MuJoCo, which compiles in no time; the physics' states and the observations of RESETS resets."""
+    env = envs.make(name, "mujoco")
+    state, obs = _jit(env.reset)(jax.random.split(jax.random.key(0), RESETS))
+    return env, state.physics, np.asarray(obs)
+
+
 def mismatch(dataset: Dataset, env: Any) -> str | None:
     """What of a dataset does not fit an environment, with the worst columns and their numbers; None if nothing is found.
 
@@ -178,19 +187,15 @@ def mismatch(dataset: Dataset, env: Any) -> str | None:
     """
     found, observations = dsrl.episodes(dataset), dataset.observations
     typical = np.quantile(np.abs(observations[:: max(1, len(observations) // 10_000)]), 0.9, axis=0)
-    native = isinstance(env, envs.Env)
-    if native:  # C MuJoCo compiles in no time
-        env = envs.make(env.name, "mujoco")
-    state, resets = _jit(env.reset)(jax.random.split(jax.random.key(0), RESETS if native else SLOW_RESETS))
-    starts, resets = observations[found.start], np.asarray(resets)
-    wrong = _ranges("first observations", starts, resets, typical, 0.5 if native else 2.0)
-    if wrong or not native:
-        return wrong
-    if (found.lengths >= LATER).any():
-        wrong = _ranges(f"observations after {LATER} steps", *_later(env, dataset, found, state.physics[:ROLLED]), typical, 0.5)
-    if wrong or not isinstance(env.task, Velocity):
-        return wrong
-    return _replayed(env, dataset)
+    starts = observations[found.start]
+    if not isinstance(env, envs.Env):
+        resets = _jit(env.reset)(jax.random.split(jax.random.key(0), SLOW_RESETS))[1]
+        return _ranges("first observations", starts, np.asarray(resets), typical, 2.0)
+    env, physics, resets = _native(env.name)
+    wrong = _ranges("first observations", starts, resets, typical, 0.5)
+    if not wrong and (found.lengths >= LATER).any():
+        wrong = _ranges(f"observations after {LATER} steps", *_later(env, dataset, found, physics[:ROLLED]), typical, 0.5)
+    return _replayed(env, dataset) if not wrong and isinstance(env.task, Velocity) else wrong
 
 
 def check_env(dataset: Dataset, path: str | os.PathLike, env: Any) -> None:
@@ -214,6 +219,9 @@ def main(words: list[str] | None = None) -> None:
             env = envs.make(str(about["env"]))
         except envs.UnknownName as e:
             notes.append(f"not compared with {about['env']}: {e}")
+        else:
+            arrays = {key: value for key, value in dataset._asdict().items() if value is not None}
+            dsrl.check(args.source, arrays, env=env.name, obs_size=env.obs_size, action_size=env.action_size)
     dsrl.check_episodes(dataset, args.source, env.horizon if env else None)
     show(args.source, dataset, args.cost_limit, notes, env.horizon if env else options.horizon)
     if args.plot:

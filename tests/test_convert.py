@@ -410,7 +410,12 @@ def changes(dataset):
 HERE = sorted((ROOT / "data").glob("*.hdf5"))
 
 
-@pytest.mark.parametrize("path", HERE, ids=lambda path: path.stem)
+QUICK = "SafetyPointRun", "SafetyHalfCheetahVelocity"
+
+
+@pytest.mark.parametrize(
+    "path", [p if p.stem in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in HERE], ids=lambda path: path.stem
+)
 def test_the_datasets_here_fit_their_tasks_and_no_other_columns_do(path, capsys):
     dataset, _ = dsrl.load(path)
     env = envs.make(path.stem)
@@ -474,6 +479,8 @@ def test_an_environment_that_is_not_here_is_no_error(tmp_path, capsys):
     dsrl.save(tmp_path / "own.hdf5", dsrl.Dataset._make(None if x is None else x[:1000] for x in dataset), {"env": "NotHere-v7"})
     assert run(inspect, tmp_path / "own.hdf5") is None
     assert "not compared with NotHere-v7: unknown environment" in capsys.readouterr().out
+    dsrl.save(tmp_path / "other.hdf5", dsrl.load(tmp_path / "own.hdf5")[0], {"env": "SafetyPointRun"})
+    assert "wrong task: observations have 8 columns, SafetyPointRun has 12" in run(inspect, tmp_path / "other.hdf5")
     with pytest.raises(envs.UnknownName):
         run(inspect, tmp_path / "own.hdf5", "--env", "NotHere-v7")
 
@@ -483,6 +490,7 @@ def test_the_check_is_quick():
     dataset, _ = dsrl.load(ROOT / "data" / "SafetyPointRun.hdf5")
     env = envs.make("SafetyPointRun")
     jax.clear_caches()
+    inspect._native.cache_clear()
     start = time.process_time()
     assert inspect.mismatch(dataset, env) is None
     assert time.process_time() - start < 6

@@ -219,7 +219,7 @@ def refused(said, env, path, steps=0):
 
 def test_what_cannot_be_recorded_is_refused(tmp_path):
     path = tmp_path / "c.hdf5"
-    refused("record one environment at a time", envs.gym_make("SafetyPointRun", num_envs=2), path)
+    refused("record one environment at a time", gymnasium.vector.SyncVectorEnv([Counter, Counter]), path)
     refused("its actions are not bounded; give its action space finite bounds", Counter(low=-np.inf), path)
     refused("a step has no cost; let step() put it into info['cost']", Counter(cost=False), path, 1)
     discrete = Counter()
