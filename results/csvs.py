@@ -240,7 +240,7 @@ def _normal(config: dict) -> dict:
     own = config["config"]
     seeds = list(range(own.get("seed", 0), own.get("seed", 0) + own.get("seeds", 1)))
     facts = {k: config.get(k) for k in ("command", "config_hash", "commit", "seconds", "device", "python", "versions")}
-    facts["command"] = re.sub(r" --(runs|checkpoint-seconds)[ =]\S+| --resume\b", "", facts["command"] or "")  # of no consequence
+    facts["command"] = re.sub(r" --(runs|checkpoint-seconds|track)[ =]\S+| --resume\b", "", facts["command"] or "")  # of no consequence
     return {"config": without_seeds(own), "dataset": config.get("dataset"), "runs": [{"seeds": seeds, **facts}]}
 
 

@@ -712,8 +712,8 @@ def report(folder: Path) -> str:
         "was not run or diverged; `write_scores` in `results/report.py` says what else. [rliable](https://github.com/google-research/rliable)",
         "takes them where no NaN is left:", "",
         "```python",
-        "found = {name: np.load(f'results/scores/{name}.npz') for name in ('marvel', 'pex')}",
-        "scores = {name: x['return'] / x['best_safe_return'] for name, x in found.items()}  # of x['seeds'] on x['tasks']",
+        'found = {name: np.load(f"results/scores/{name}.npz") for name in ("marvel", "pex")}',
+        'scores = {name: x["return"] / x["best_safe_return"] for name, x in found.items()}  # of x["seeds"] on x["tasks"]',
         "```", "",
     ]  # fmt: skip
     limits = sorted({run.cost_limit for run in runs.values()}, key=lambda limit: (limit != csvs.LIMIT, limit))

@@ -43,6 +43,7 @@ NOT_ARGUMENTS = (
     "--runs",
     "--resume",
     "--checkpoint-seconds",
+    "--track",
 )  # compared otherwise, or of no consequence
 POLL = 0.2  # seconds between two looks at what runs
 
