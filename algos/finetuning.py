@@ -182,6 +182,8 @@ def check_actor(path: Path, arrays: checkpoint.Arrays, config: dict, args, actor
     layers = checkpoint.layers(arrays, "actor/params/", str(path))
     hidden, sizes = tuple(len(bias) for _, bias in layers[:-1]), (layers[0][0].shape[-2], layers[-1][1].shape[-1] / 2)
     if sizes != (actor.obs_size, actor.action_size):
+        if config and config.get("odometer", False) != args.odometer:
+            raise logbook.BadInput(f"--init {path}: its policy was trained with {switch('odometer', not args.odometer)}: add that")
         takes = f"takes {sizes[0]} numbers and gives {sizes[1]:g}"
         raise logbook.BadInput(
             f"--init {path}: its policy {takes}, {env} has {actor.obs_size} and {actor.action_size}: name one of this task"

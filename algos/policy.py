@@ -48,6 +48,7 @@ class Policy:
       env, algo, seed: the task, the algorithm and the seed of the run.
       cost_limit: d, undiscounted cost per episode, that it was trained under; inf: none.
       eval_policy: what the run's evaluations show, "sample" or "mean".
+      odometer: whether the run's networks saw the odometer, on tasks that have one.
       symlog: whether the network sees sign(x) log(1 + |x|) of the observation x; inputs of the policy are x in any case.
       privileged_size: how much of the state it must be given beside the observation; 0 but for some of PEX (ExpandedPolicy).
     """
@@ -64,6 +65,7 @@ class Policy:
         self.obs_size, self.action_size = len(self.layers[0][0]), outputs[0] // 2
         self.action_high = np.ones(self.action_size, np.float32)
         self.action_low = -self.action_high
+        self.odometer = bool(config.get("odometer", False))
         self.env, self.algo, self.seed = meta["env"], meta.get("algo", ""), meta.get("seed")
         self.cost_limit, self.eval_policy = float(config.get("cost_limit", np.inf)), config.get("eval_policy", "sample")
 
@@ -74,7 +76,8 @@ class Policy:
         """The mean action tanh(mean), the same for the same observation.
 
         Args:
-          obs: (obs_size,) or (n, obs_size), the task's own observation, neither scaled nor normalised.
+          obs: (obs_size,) or (n, obs_size), the task's own observation, neither scaled nor normalised. On a Run task the odometer comes
+            last, if `odometer` says so: `envs.gym_make(policy.env, memory=policy.odometer)` observes both.
           privileged: (privileged_size,) or (n, privileged_size), only where `privileged_size` is not 0.
 
         Returns:

@@ -127,11 +127,14 @@ def make(name: str, backend: str | None = None, privileged: bool = False, memory
     return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward, task.tracked), backend, privileged, memory)
 
 
-def gym_make(name: str, num_envs: int | None = None, backend: str | None = None):
-    """The same as a `gymnasium.Env`, or with `num_envs` as a `gymnasium.vector.VectorEnv`, with the cost in info["cost"] (gym.py)."""
+def gym_make(name: str, num_envs: int | None = None, backend: str | None = None, memory: bool = False):
+    """The same as a `gymnasium.Env`, or with `num_envs` as a `gymnasium.vector.VectorEnv`, with the cost in info["cost"] (gym.py).
+
+    `memory`: observations end with what the task remembers (Run: the odometer), as this suite's policies see them by default.
+    """
     from envs import gym
 
-    return gym.make(name, num_envs, backend)
+    return gym.make(name, num_envs, backend, memory)
 
 
 def __getattr__(name: str) -> Any:
