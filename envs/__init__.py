@@ -1,6 +1,7 @@
 """Safety tasks as pure functions on JAX arrays: `envs.make(name)` gives an `Env` with `reset` and `step` (see core.py)."""
 
 import difflib
+import importlib
 import sys
 from functools import cache
 from typing import Any
@@ -138,8 +139,6 @@ def gym_make(name: str, num_envs: int | None = None, backend: str | None = None,
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Recorder":  # imported when it is asked for: it needs gymnasium, which native tasks do not
-        from envs.recorder import Recorder
-
-        return Recorder
+    if name == "Recorder":  # a name for users. It stands in data/, on which nothing here depends, and is imported when it is asked for
+        return importlib.import_module("data.recorder").Recorder
     raise AttributeError(f"module 'envs' has no attribute {name!r}")
