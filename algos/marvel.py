@@ -38,8 +38,8 @@ Those of phase 1 are in cpq.py.
 12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0): an ant that has fallen costs nothing any more, so
    that a large lambda Qc would pay for falling.
 13 (P, R) Evaluations sample the policy, whose cost the multiplier controls (--eval-policy mean).
-14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, pre-alignment washes out of Q that CPQ counts no return behind an
-   unsafe state, and lambda alone must hold the policy back.
+14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, pre-alignment washes out of Q that unsafe states are worth nothing,
+   and lambda alone must hold the policy back.
 15 (P, R) A batch of episodes counts as at most 2 d' of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
    --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
 16 (P, R) On the Run tasks all networks see the odometer (--no-odometer): cpq.py, 12.
