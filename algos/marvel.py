@@ -100,8 +100,7 @@ class Args(VPAArgs, FinetuneArgs):
 
 
 RELEASE = dict(vpa_steps=20_000, vpa_batch_size=64, vpa_alpha_reward=0.0, vpa_alpha_cost=0.0, vpa_entropy="batch_mean", vpa_gate=False)
-SUITE = finetuning.SUITE | {"SafetyAntRun": finetuning.SUITE["SafetyAntRun"] | dict(vpa_gate=False)}  # CPQ's gate is shut there
-PRESETS = {"suite": SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | RELEASE}}
+PRESETS = {"suite": finetuning.SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | RELEASE}}
 
 
 # ---------------------------------------------------------------- losses
