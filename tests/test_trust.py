@@ -362,7 +362,7 @@ def bad_files(place):
 
 def test_a_task_has_its_own_defaults_and_the_command_line_goes_before():
     parsed = lambda words: logbook.parse(marvel.Args, words.split(), marvel.PRESETS)
-    own = marvel.SUITE["SafetyAntRun"]
+    own = finetuning.SUITE["SafetyAntRun"]
     assert own and all(getattr(marvel.Args(), name) != value for name, value in own.items())
     for name in ("SafetyAntRun", "SafetyAntRun0-v0"):
         assert parsed(f"--env {name}") == replace(marvel.Args(env=name), **own)
