@@ -272,6 +272,18 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     if not dataset:
         begin = start(args, env, seeds) if start else None
         return Run(args, env, Logbook(algo, env.name, asdict(args), seeds, init=begin and begin.files), roots, start=begin)
+    env, loaded, about = load_dataset(args, env)
+    flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
+    data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
+    chosen = None if cloned is None else cloned(loaded, args, about["path"])
+    imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
+    begin = start(args, env, seeds) if start else None
+    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit), begin and begin.files)
+    return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()), begin)
+
+
+def load_dataset(args, env: envs.Env) -> tuple[envs.Env, dsrl.Dataset, dict[str, Any]]:
+    """(environment, dataset, its metadata): the data as the environment observes, which is without x if the data lack it."""
     path, seen = args.dataset or collect.provided(env.name), env.obs_size - env.memory_size
     loaded, about = public.load(path, env=env.name, obs_size=seen, action_size=env.action_size)
     path = about["path"]
@@ -283,15 +295,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
         loaded = remembering(loaded, env)
     if env.privileged_size and loaded.privileged is None:
         env = envs.make(args.env, args.backend, memory=args.odometer)
-    else:
-        loaded = dsrl.widened(loaded, env.privileged_size, path)
-    flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
-    data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
-    chosen = None if cloned is None else cloned(loaded, args, path)
-    imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
-    begin = start(args, env, seeds) if start else None
-    log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit), begin and begin.files)
-    return Run(args, env, log, roots, about["sha256"], data, imitated, float(loaded.costs.max()), begin)
+    return env, dsrl.widened(loaded, env.privileged_size, path), about
 
 
 def remembering(dataset: dsrl.Dataset, env: envs.Env) -> dsrl.Dataset:
