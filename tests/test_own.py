@@ -181,6 +181,7 @@ def test_modules_are_the_users_even_where_ours_have_their_names(module, tmp_path
     assert envs.make(write(tmp_path, module=module)).horizon == 5
 
 
+@pytest.mark.skipif(not gymnasium.__version__.startswith("0."), reason="gymnasium 1.0 removed plugins")
 def test_gym_names_what_installed_packages_register(tmp_path, monkeypatch):
     """As a plugin package does it: its entry point is called when gymnasium is imported."""
     write(tmp_path)
@@ -191,8 +192,6 @@ def test_gym_names_what_installed_packages_register(tmp_path, monkeypatch):
     (tmp_path / "plugin-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
     monkeypatch.chdir(tmp_path)
     assert envs.make("gym:Plain-v0").horizon == 5
-    with pytest.raises(envs.UnknownName, match="unknown environment 'gym:Plane-v0' .* nearest: gym:Plain-v0.*named module:id"):
-        envs.make("gym:Plane-v0")
 
 
 def test_gym_make_takes_it(point):
@@ -237,7 +236,10 @@ STEP = "def step(self, action):\n    return "
         (STEP + "sys.exit('over')", r"a simulator failed: SystemExit: over \(plain.py, line \d+, in step\)"),
         (STEP + "__import__('os')._exit(3)", r"a simulator process died \(exit code 3\)"),
         ("def reset(self, **options):\n    return np.zeros(2)", r"reset\(\) must return \(observation, info\)"),
-        ("def reset(self, **options):\n    return np.random.normal(size=2), {}", r"other numbers each time: reset\(\) must call super\(\)"),
+        (
+            "def reset(self, **options):\n    return np.random.normal(size=2), {}",
+            r"other numbers each time: its reset\(\) must call super\(\)",
+        ),
         ("def __init__(self):\n    raise OSError('no\\nlicence')", r"OSError: no licence \(plain.py, line \d+, in __init__\)"),
     ],
 )
@@ -260,6 +262,8 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     refused("plane:Plain-v0", "no module 'plane' in .*Did you mean plain")
     refused("plain:Plane-v0", "unknown environment 'plain:Plane-v0' of gymnasium. Its nearest: plain:Plain-v0$")
     refused(":Plain-v0", "no module before the colon")
+    refused("gym:Pendulum-v2", "unknown environment 'gym:Pendulum-v2' of gymnasium. Its nearest: gym:Pendulum-v1.*named module:id")
+    refused("gym:Pendulum-v1", r'PendulumEnv.step\(\) gives no info\["cost"\]')
     refused("json.decodr:Plain-v0", "no module 'json.decodr' .*decoder")
     refused("csv:Plain-v0", "importing csv registers no environment: call gymnasium.register")
     (tmp_path / "broken.py").write_text("import plain\nimport not_installed\n")
@@ -293,10 +297,10 @@ def test_a_failure_in_the_middle_leaves_the_pool_whole(tmp_path, monkeypatch):
     arguments = lambda actions: (seeds, np.zeros((4, 50, 2), np.float32), np.zeros(4, int), np.float32(actions), np.zeros(4, bool), seeds)
     first = pool.reset(seeds)
     with pytest.raises(
-        WorkerError, match=r"^plain:Plain-v0: a simulator failed: ZeroDivisionError: .*\(plain.py, line \d+, in step\)$"
+        WorkerError, match=r"^plain:Plain-v0: a simulator failed: ZeroDivisionError: .*\(plain.py, line \d+, in step\)"
     ) as caught:
         pool.step(*arguments([[0.25, 0]] + [[0.5, 0]] * 3))
-    assert "return np.float32(action), 1 /" in caught.value.__notes__[0]
+    assert len(str(caught.value).splitlines()) == 1 and "return np.float32(action), 1 /" in caught.value.__notes__[0]
     np.testing.assert_array_equal(pool.reset(seeds), first)
     np.testing.assert_array_equal(pool.step(*arguments([[0.1 * i, 0.5] for i in range(4)]))[1][:, 0], np.float32([0, 0.1, 0.2, 0.3]))
 
