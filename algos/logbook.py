@@ -8,7 +8,8 @@ Nothing here knows of any algorithm. Rows have fixed columns (absent values are 
     return, cost, length: means over those episodes, raw and undiscounted.
 
 A run that was killed goes on with `--resume`: `Logbook.run` saves the whole state between blocks, at most every
-`checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted.
+`checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted. With
+each state the rows that it holds go to the tracker of `--track`, if there is one.
 """
 
 import ast
@@ -39,7 +40,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from algos import checkpoint, curves
+from algos import checkpoint, curves, tracking
 from algos.checkpoint import BadInput, load, write_atomically
 from data import dsrl
 from envs import TASKS, UnknownName, folder, reference
@@ -47,7 +48,7 @@ from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where, what to replay, and how often to save: the results do not depend on these. Dataset and --init count by their files' hashes.
-NOT_CONFIGURATION = "runs eval episodes video trajectory export dataset init resume checkpoint_seconds".split()
+NOT_CONFIGURATION = "runs eval episodes video trajectory export dataset init resume checkpoint_seconds track".split()
 IF_GIVEN = ("horizon",)  # part of a configuration only where there is one
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
@@ -141,7 +142,7 @@ def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None,
     """
     try:
         main(parse(args_class, words, presets))
-    except (BadInput, UnknownName, RenderError, dsrl.DatasetError) as error:
+    except (BadInput, UnknownName, RenderError, dsrl.DatasetError, tracking.TrackerError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
@@ -269,7 +270,7 @@ class Logbook:
         """`dataset` and the files of `init` are described by their "path", "sha256" and whatever else there is to say."""
         self.seeds, self._every = seeds, config["checkpoint_seconds"]
         dataset, init = dataset and portable(dataset), init and [portable(file) for file in init]
-        runs, wants_resume = config["runs"] / folder(env) / algo, config["resume"]
+        runs, wants_resume, track = config["runs"] / folder(env) / algo, config["resume"], config["track"]
         config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION and (k not in IF_GIVEN or v is not None)}
         if init:
             config["init"] = [file["sha256"] for file in init]
@@ -304,6 +305,7 @@ class Logbook:
             self._file.truncate(0)
             self._end = 0
             self._append(",".join(COLUMNS) + "\r\n")
+        self._tracker = tracking.Tracker(track, self.folder, self.config, seeds)
         self._started = self._saved = time.monotonic()
 
     # ------------------------------------------------------------ resuming
@@ -390,6 +392,7 @@ class Logbook:
         if path.exists():
             os.replace(path, self.folder / ("previous-" + RESUME))
         save(path, carry, meta)
+        self._tracker.send(self.rows)
         self._saved = time.monotonic()
 
     def _elapsed(self) -> float:
@@ -490,7 +493,7 @@ class Logbook:
             self._bar.close()
         self._file.close()
         self.config |= {"seconds": round(self._elapsed(), 1), "diverged": sorted(self._diverged)}
-        curves.draw(self.folder)
+        self._tracker.show(self.rows, curves.draw(self.folder))
         self._write_config()
         for name in (RESUME, "previous-" + RESUME):
             (self.folder / name).unlink(missing_ok=True)
@@ -513,3 +516,4 @@ class Logbook:
         if self._diverged:
             print(f"  diverged: seeds {', '.join(map(str, sorted(self._diverged)))}")
         print(f"  {self.folder}")
+        self._tracker.finish()

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import envs
-from algos import checkpoint, export, logbook
+from algos import checkpoint, export, logbook, tracking
 from algos import policy as policies
 from algos.logbook import Logbook
 from algos.networks import VAE, Actor, Ensemble, Networks, sample_action
@@ -54,6 +54,8 @@ class RunArgs:
     """go on with the newest unfinished run of this configuration, if there is one"""
     checkpoint_seconds: float = 60.0
     """least time between two saves of the whole state, s"""
+    track: tracking.Name = "none"
+    """send the rows of progress.csv to a tracker too, one run per seed; --resume doubles nothing"""
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates, `start(args, env, seeds)` the
     Start of the run.
     """
+    tracking.check(args.track)
     for flag in ("video", "trajectory", "export"):
         if getattr(args, flag):
             raise logbook.BadInput(f"--{flag}: shows a trained policy: name its checkpoint with --eval")

@@ -746,7 +746,7 @@ def test_another_dataset_or_argument_is_not_done(tmp_path, fakes, capsys, monkey
     one = [*fakes, "--envs", "EnvA", "--algos", "marvel"]
     sweep.main(one)
     capsys.readouterr()
-    sweep.main([*one, "--args=--checkpoint-seconds 5", "--dry-run"])  # of no consequence
+    sweep.main([*one, "--args=--checkpoint-seconds 5 --track wandb", "--dry-run"])  # of no consequence
     assert "0 job(s) to run, 1 done" in capsys.readouterr().out
     sweep.main([*one, "--args=--sleep 0", "--dry-run"])
     assert "1 job(s) to run, 0 done" in capsys.readouterr().out

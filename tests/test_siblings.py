@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FINETUNERS = ("marvel", "naive_o2o", "jsrl", "pex", "so2", "wsrl", "cal")
 OFFLINE = ("cpq", "bear_lag", "bc_safe")
 SCRIPTS = (*FINETUNERS, *OFFLINE, "sac_lag")
-SHARED = ("checkpoint", "curves", "diagnostics", "export", "finetuning", "lagrangian", "logbook", "networks", "policy", "seeds", "training")
+SHARED = "checkpoint curves diagnostics export finetuning lagrangian logbook networks policy seeds tracking training".split()
 OWN = {"Args", "main", "online_phase", "PRESETS"}  # what each file has of its own
 DIFFERENT = {("marvel", "critic_loss"): "the entropy terms of pre-alignment have a switch"}
 

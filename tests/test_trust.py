@@ -130,7 +130,7 @@ def test_killed_at_twenty_points(algo, place, undisturbed):
 
 # ---------------------------------------------------------------- the logbook alone
 
-CONFIG = {"cost_limit": 20.0, "resume": False, "checkpoint_seconds": 0.0, "rate": 1.0}
+CONFIG = {"cost_limit": 20.0, "resume": False, "checkpoint_seconds": 0.0, "track": "none", "rate": 1.0}
 
 
 def book(runs, seeds=(0, 1), **changes):
