@@ -223,9 +223,9 @@ def test_finetuning_from_another_offline_algorithm(offline, place, finished):
 def test_the_numpy_policy_is_the_evaluated_one(algo, place, finished):
     _, folder = finished(algo)
     path, (dataset, _) = folder / "checkpoint-seed0.safetensors", dsrl.load(place / "point.hdf5")
-    policy, obs = load_policy(path), dataset.observations[::100]
+    policy, obs = load_policy(path), np.pad(dataset.observations[::100], ((0, 0), (0, 1)), constant_values=0.1)  # the odometer
     seen = dataset.privileged[::100, : policy.privileged_size]
-    assert (policy.algo, policy.env, policy.privileged_size) == (algo, ENV, 1 if algo == "pex" else 0)
+    assert (policy.algo, policy.env, policy.privileged_size) == (algo, ENV, 1 if algo == "pex" else 0) and policy.odometer
     np.testing.assert_allclose(policy(obs, seen), jax_action(path, obs, seen), atol=1e-6)
 
 
@@ -289,7 +289,7 @@ def test_critics_see_what_the_dataset_carries_and_policies_do_not(place, tmp_pat
     path = run_folder(tmp_path / "runs", "pex") / "checkpoint-seed0.safetensors"
     arrays, _ = logbook.load(path)
     first = lambda part: next(v for k, v in arrays.items() if k.startswith(part) and k.endswith("Dense_0/kernel")).shape[-2]
-    obs_size = dataset.observations.shape[1]
+    obs_size = dataset.observations.shape[1] + 1  # the odometer
     assert (first("actor/"), first("critics/reward/"), first("critics/cost/")) == (obs_size, obs_size + 3, obs_size + 3)
     done = script("pex", f"--eval {path} --episodes 2", tmp_path / "runs", tmp_path)
     assert done.returncode == 0 and "2 episodes, return" in done.stdout, done.stderr[-3000:]
