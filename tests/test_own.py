@@ -15,7 +15,7 @@ import pytest
 
 import envs
 from algos import logbook, training
-from data import dsrl, public
+from data import collect, dsrl
 from envs import render
 from envs.reference.pool import WorkerError
 
@@ -282,11 +282,9 @@ def test_other_environments_take_no_horizon(name, text):
 
 
 def test_no_dataset_names_the_mend():
-    with pytest.raises(dsrl.DatasetError, match=f"^{OWN}: data/ has no dataset of it; .*--dataset FILE.*python -m data.convert") as caught:
-        public.load(None, env=OWN)
+    with pytest.raises(dsrl.DatasetError, match=f"^{OWN}: no dataset comes with it; .*--dataset FILE.*python -m data.convert") as caught:
+        collect.provided(OWN)
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(dsrl.DatasetError, match="dsrl/SafetyHopperVelocity"):
-        public.load(None, env="SafetyHopperVelocity")
 
 
 def test_a_failure_in_the_middle_leaves_the_pool_whole(tmp_path, monkeypatch):
@@ -371,7 +369,7 @@ def behaviour(path, episodes=60):
 
 
 FINETUNE = (
-    "--offline-steps 500 --iterations 1 --evals 1 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --rank-points 4 "
+    "--offline-steps 500 --iterations 1 --evals 1 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 "
     "--updates-per-iter 20 --hidden 32 32 --vae-hidden 32 32 --buffer-size 10000 --dataset data.hdf5"
 )
 OFFLINE = "--offline-steps 500 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 32 32 --dataset data.hdf5"
@@ -394,7 +392,7 @@ def rows(folder, algo):
     "algo, options",
     [
         ("sac_lag", SAC),
-        ("marvel", FINETUNE + " --vpa-steps 500"),
+        ("marvel", FINETUNE + " --vpa-steps 500 --rank-points 4"),
         *((algo, FINETUNE) for algo in ("naive_o2o", "jsrl", "pex", "so2", "wsrl", "cal")),
         *((algo, OFFLINE) for algo in ("cpq", "bear_lag", "bc_safe")),
     ],

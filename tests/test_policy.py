@@ -361,7 +361,7 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys):
     run = "--env SafetyPointRun"
     assert "leave one of them out" in refused(marvel, f"{run} --init naive.safetensors --offline bc_safe", tmp_path, capsys)
     assert "leave one of them out" in refused(naive_o2o, f"{run} --init naive.safetensors --offline cpq", tmp_path, capsys)
-    assert "SafetyPointRun has 12 and 2" in refused(marvel, f"{run} --init naive.safetensors", tmp_path, capsys)
+    assert "SafetyPointRun has 13 and 2" in refused(marvel, f"{run} --init naive.safetensors", tmp_path, capsys)
     assert "no such checkpoint" in refused(marvel, f"{run} --init nowhere.safetensors", tmp_path, capsys)
     assert "--vpa-steps 0" in refused(marvel, "--env SafetyHopperVelocity --init naive.safetensors", tmp_path, capsys)
     assert "--replay online" in refused(naive_o2o, "--env SafetyHopperVelocity --init naive.safetensors --replay mixed", tmp_path, capsys)
