@@ -68,15 +68,19 @@ def test_a_speed_is_measured(capsys):
 def test_the_listing_has_every_task_with_its_sizes(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "DATA", tmp_path)
     (tmp_path / "SafetyPointCircle2.hdf5").write_bytes(b"x" * 2_500_000)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "SafetyPointRun.safetensors").touch()
     listing.main([])
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines, own = capsys.readouterr().out.splitlines()
+    assert "--env module:id" in own
     cells = {line.split()[0]: line for line in lines}
     assert list(cells) == list(envs.TASKS) and set(cells) == set(SIZES)
     for name, sizes in SIZES.items():
         version = {"Run": "0-v0", "le1": "-v0", "le2": "-v0", "ity": "-v1"}[name[-3:]]
         assert cells[name].split()[1:5] == [name + version, *map(str, sizes)]
         assert envs.resolve(name + version) == name
-        assert cells[name].endswith("data/SafetyPointCircle2.hdf5 (2.5 MB)" if name == "SafetyPointCircle2" else "  -")
+        other = "made at first use" if name == "SafetyPointRun" else "  -"
+        assert cells[name].endswith("data/SafetyPointCircle2.hdf5 (2.5 MB)" if name == "SafetyPointCircle2" else other)
         assert "mujoco" in cells[name] and envs.TASKS[name].cost in cells[name]
     assert "|x| > 1.125 m or |y| > 1.125 m" in cells["SafetyCarCircle2"] and "speed > 2.6222 m/s" in cells["SafetyAntVelocity"]
     assert header.split()[0] == "task"
