@@ -335,7 +335,7 @@ def test_it_need_not_draw(tmp_path, monkeypatch):
 def test_the_run_folder_has_no_colon_and_the_hash_knows_the_horizon(tmp_path):
     assert envs.folder("my_package.my_module:MyEnv-v0") == "my_package.my_module/MyEnv-v0" and envs.folder("bullet/A") == "bullet/A"
     assert logbook.offline_path(tmp_path, OWN, "cpq", {}, 0).relative_to(tmp_path).parts[:3] == ("own_env", "OwnPoint-v0", "offline")
-    config = {"runs": tmp_path, "resume": False, "checkpoint_seconds": 1.0, "cost_limit": 1.0}
+    config = {"runs": tmp_path, "resume": False, "checkpoint_seconds": 1.0, "track": "none", "cost_limit": 1.0}
     log = lambda **more: logbook.Logbook("cpq", OWN, config | more, [0])
     assert log().folder.relative_to(tmp_path).parts[:3] == ("own_env", "OwnPoint-v0", "cpq")
     hashes = [log(**more).config["config_hash"] for more in ({}, {"horizon": None}, {"horizon": 100}, {"horizon": 50})]
