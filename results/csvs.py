@@ -46,6 +46,14 @@ ALGOS = {
     "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
     "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),
 }
+# The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of the published one. 500 episodes:
+# the release has more on HalfCheetah only (5,000).
+RELEASE = {"release": "--offline-steps 10000 --offline-batch-size 256", "published": "--offline-steps 100000 --offline-batch-size 512"}
+ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
+for _name, _budget in RELEASE.items():
+    for _script, _more, _arguments in (("naive_o2o", "", ""), ("marvel", "", ENTROPY), ("marvel", "+fqe", "")):
+        _arguments = f"--preset release --iterations 100 {_budget} {_arguments}".strip()
+        ALGOS[f"{_script}+{_name}{_more}"] = (_script, _arguments, f"cpq+{_name}")
 # What carries the results: what the suite adds to the paper, taken away or alone, for Marvel and for naive finetuning with its controller.
 LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
     "bare": ("bare: no anchor, warm-up, reserve", "--anchor-weight 0 --actor-warmup 0 --reserve 0", "cpq"),

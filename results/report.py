@@ -29,9 +29,13 @@ NAMES = {
 RUNGS = {"marvel": "Marvel", "naive_o2o+apid": "naive finetuning, adaptive PID"}  # of which csvs.LADDER has variants
 for base, title in RUNGS.items():
     NAMES |= {f"{base}+{rung}": f"{title}; {what}" for rung, (what, *_) in csvs.LADDER.items() if rung}
+ARMS = {"naive_o2o+{}": "naive finetuning, adaptive PID", "marvel+{}": "Marvel", "marvel+{}+fqe": "Marvel without entropy terms"}
+BUDGETS = {"release": "10,000 steps of 256", "published": "100,000 steps of 512, the release's"}  # offline, of csvs.RELEASE
+for arm, title in ARMS.items():
+    NAMES |= {arm.format(budget): f"{title}; release, offline {what}" for budget, what in BUDGETS.items()}
 OFFLINE = ("cpq", "bc_safe", "bear_lag")
 PLAIN = [name for name in ALGOS if "+" not in name]
-STEPS = {f"{base}+{rung}" for base in RUNGS for rung in csvs.LADDER}
+STEPS = {f"{base}+{rung}" for base in RUNGS for rung in csvs.LADDER} | {arm.format(budget) for arm in ARMS for budget in BUDGETS}
 CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name and name not in STEPS)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
 HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's red
@@ -372,6 +376,40 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         f"![Cost of the first training episodes by rung](ladder{suffix}.png)",
         "",
         "Data: the commands under each task below; table and figure: `make report`.",
+        "",
+    ]
+
+
+def release(tasks: dict[str, Task]) -> list[str]:
+    """The paper's own configuration: its arms (csvs.RELEASE), by task and offline budget."""
+    rows = []
+    for env, task in tasks.items():
+        for budget, what in BUDGETS.items():
+            for arm, title in ARMS.items():
+                run, naive = task.get(arm.format(budget)), f"naive_o2o+{budget}"
+                if run is None:
+                    continue
+                found, better = alive(run), {}
+                if run.name != naive:
+                    better = compared({env: task}, run.name, naive)
+                within = found["cost"] <= run.cost_limit
+                rows.append([
+                    env, what, title, str(within.size), spread(found["offline_return"]), spread(found["offline_cost"]),
+                    ratio(int(within.sum()), within.size), spread(found["return"]), spread(found["cost"]), spread(found["early_cost"]),
+                    spread(found["train_cost"]), estimate(better["final"]) if better else "-",
+                ])  # fmt: skip
+    if not rows:
+        return []
+    header = "task, offline phase, algorithm, seeds, offline return, offline cost, within the limit, return, cost, "
+    header += "cost per training episode of the first fifth, of all, P(better than naive)"
+    return [
+        "## The paper's own configuration",
+        "",
+        "`--preset release`: no anchor, warm-up, reserve or cloning; the release's step sizes and update counts; at most 500 episodes. All "
+        "arms of a task start from the same offline checkpoints. P: as *final* above.",
+        "",
+        *markdown(header.split(", "), rows),
+        "Data: the commands under each task below; table: `make report`.",
         "",
     ]
 
@@ -735,7 +773,8 @@ def report(folder: Path) -> str:
         absent = [env for env in ENVS if env not in present]
         if absent:
             lines += [f"Of the core suite, there are no results of {', '.join(absent)} at limit {limit:g}.", ""]
-        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + ladder(tasks, folder, suffix) + alignment(tasks, folder, suffix)
+        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + release(tasks) + ladder(tasks, folder, suffix)
+        lines += alignment(tasks, folder, suffix)
         for env, task in tasks.items():
             lines += section(env, task, folder, suffix)
         scores |= write_scores(tasks, folder, suffix)

@@ -1,6 +1,7 @@
 """results/: the CSV reader, the measures, sweep, diff and report, on synthetic results whose answers are known."""
 
 import collections
+import importlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -585,6 +586,29 @@ def test_a_flag_without_value_names_a_variant():
     assert csvs.variant("marvel", {"privileged_critic": False}) == "marvel+blind"
     assert csvs.variant("marvel", {"privileged_critic": True, "lagrangian": "apid"}) == "marvel"
     assert csvs.variant("naive_o2o", {"privileged_critic": False, "lagrangian": "apid"}) == "naive_o2o+apid+blind"
+
+
+@pytest.mark.parametrize("name", csvs.ALGOS)
+def test_the_command_line_of_a_variant_names_it_again(name):
+    """From the configuration that a run of it records, whatever the presets add."""
+    script, arguments, _ = csvs.ALGOS[name]
+    module = importlib.import_module(f"algos.{script}")
+    args = logbook.parse(module.Args, ["--env", ENV, *arguments.split()], getattr(module, "PRESETS", None))
+    assert csvs.variant(script, json.loads(json.dumps(asdict(args), default=str))) == name
+
+
+def test_the_papers_own_configuration_is_a_table_of_its_own(tmp_path):
+    """By task and offline budget; its arms stand in no other comparison."""
+    csvs.write(make_run("naive_o2o+release", cost=30.0, noise=0.0), tmp_path)
+    csvs.write(make_run("marvel+release", final=700.0, noise=0.0), tmp_path)
+    csvs.write(make_run("marvel+published+fqe", noise=0.0), tmp_path)
+    whole = report.report(tmp_path)
+    table = whole.split("## The paper's own configuration")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| Safety")]
+    assert [row[2] for row in rows] == ["naive finetuning, adaptive PID", "Marvel", "Marvel without entropy terms"]
+    assert [row[6][:6] for row in rows] == ["0 of 5", "5 of 5", "5 of 5"] and rows[1][7] == "700 [700, 700]"
+    assert [row[-1][:4] for row in rows] == ["- |", "1.00", "- |"]
+    assert "release" not in whole.split("## Over all tasks")[1].split("\n## ")[0]
 
 
 def test_a_row_says_how_many_settings_were_tried(tmp_path):
