@@ -180,7 +180,7 @@ def _value(text: str, column: str, where: str):
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: measures are cached
 class Run:
     """All rows of one algorithm on one task at one cost limit, over its seeds, and how they were made."""
 

@@ -7,6 +7,7 @@ Over tasks: interquartile mean, performance profile and probability of improveme
 et al., arXiv 2108.13264); the last also with the tasks themselves resampled, which says what other tasks of this kind might show.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -40,9 +41,11 @@ MEANING = {
 }
 
 
+@functools.lru_cache(1024)
 def per_seed(run: Run) -> dict[str, np.ndarray]:
     """Each measure of MEANING as an array (seeds,); NaN where it does not apply and for diverged seeds."""
-    rows = [{} if seed in run.diverged else _measure(run, seed) for seed in run.seeds]
+    diverged = run.diverged
+    rows = [{} if seed in diverged else _measure(run, seed) for seed in run.seeds]
     return {key: np.array([row.get(key, math.nan) for row in rows]) for key in MEANING}
 
 
@@ -94,12 +97,13 @@ def _blocks(episodes, costs) -> list[tuple[float, float]]:
 
 def _episodes_to_safe(blocks, limit: float) -> dict:
     """`episodes_to_safe` and `episodes_to_stay`; absent if there were fewer than WINDOW episodes."""
+    ended = np.cumsum(blocks[:, 0])  # episodes up to and with each block
     before, safe = [], []  # of every window of whole blocks: the episodes before it, and whether it keeps the limit
-    for start in range(len(blocks)):
-        ends = np.flatnonzero(np.cumsum(blocks[start:, 0]) >= WINDOW)
-        if ends.size:
-            episodes, cost = blocks[start : start + ends[0] + 1].sum(0)
-            before.append(blocks[:start, 0].sum())
+    for start, done in enumerate(np.append(0, ended[:-1])):
+        last = np.searchsorted(ended, done + WINDOW)
+        if last < len(blocks):
+            episodes, cost = blocks[start : last + 1].sum(0)
+            before.append(done)
             safe.append(cost <= limit * episodes)
     if not safe:
         return {}

@@ -166,10 +166,11 @@ def seconds_per_seed(options) -> dict[tuple[str, str], float]:
         if isinstance(config.get("seconds"), (int, float)):
             key = (config.get("env", ""), csvs.variant(config.get("algo", ""), config["config"]))
             found.setdefault(key, []).append(config["seconds"] / config["config"].get("seeds", 1))
-    for key, run in csvs.baselines(ROOT / "results").items():
-        for part in run.about.get("runs", ()):
-            if key[:2] not in found and part.get("seconds"):
-                found[key[:2]] = [part["seconds"] / len(part["seeds"])]
+    for path in (ROOT / "results").glob("*/**/*.json"):
+        key = (path.parent.relative_to(ROOT / "results").as_posix(), path.stem.split("@")[0])
+        for part in csvs.read_json(path).get("runs", ()):
+            if key not in found and part.get("seconds"):
+                found[key] = [part["seconds"] / len(part["seeds"])]
     return {key: statistics.median(values) for key, values in found.items()}
 
 
