@@ -90,6 +90,10 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
     ),
     **{f"Safety{robot}Circle{level}": CIRCLE for robot in ("Point", "Car", "Ant") for level in (1, 2)},
     **{f"Safety{robot}Velocity": VELOCITY for robot in ("Swimmer", "Hopper", "Walker2d", "Ant")},
+    "SafetyHopperVelocity": (  # without a limit it falls soon: fewer of its many trajectories
+        VELOCITY[0],
+        VELOCITY[1]._replace(stages=(2, 6)),
+    ),
     "SafetyAntRun": (
         Behaviour(15.0, 900_000, 36, (3, 4, 5, 6, 20, 22, 22, 24), ANT),
         Behaviour(float("inf"), 425_000, 17, (17,), ANT),
