@@ -1,4 +1,7 @@
-"""Writes the table in data/README.md and a reward-cost scatter plot per dataset: `python -m data.report [--cost-limit 20]`."""
+"""Writes the table in data/README.md and a reward-cost scatter plot per dataset: `python -m data.report [--cost-limit 20]`.
+
+Of tasks whose behaviour policies alone are kept, it makes the datasets.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from data import dsrl
+from data import collect, dsrl
 
 HERE = Path(__file__).parent
 MARKS = "<!-- made by `python -m data.report` -->\n", "<!-- until here -->\n"  # in data/README.md, around what main writes
@@ -50,6 +53,8 @@ def scatter(env: str, found: dsrl.Episodes, cost_limit: float, path: Path) -> No
 
 
 def main(args: Args) -> None:
+    for path in sorted((HERE / "policies").rglob("*.safetensors")):
+        collect.provided(path.relative_to(HERE / "policies").with_suffix("").as_posix())
     text = INTRODUCTION.format(limit=args.cost_limit)
     behaviours = ""
     for path in sorted(HERE.rglob("*.hdf5")):
