@@ -332,8 +332,7 @@ def test_an_actor_of_another_task_is_refused(tmp_path):
 
 def test_the_configuration_counts_the_files_content(tmp_path):
     def hashed(name: str, sha256: str | None):
-        config = {"runs": tmp_path, "cost_limit": 20.0, "resume": False, "checkpoint_seconds": 0.0, "track": "none",
-                  "init": name}
+        config = {"runs": tmp_path, "cost_limit": 20.0, "resume": False, "checkpoint_seconds": 0.0, "track": "none", "init": name}
         init = [{"path": name, "sha256": sha256}] if sha256 else None
         log = logbook.Logbook("algo", "env", config, [0], init=init)
         written = json.loads((log.folder / "config.json").read_text())
