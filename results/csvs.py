@@ -54,12 +54,13 @@ for _name, _budget in RELEASE.items():
     for _script, _more, _arguments in (("naive_o2o", "", ""), ("marvel", "", ENTROPY), ("marvel", "+fqe", "")):
         _arguments = f"--preset release --iterations 100 {_budget} {_arguments}".strip()
         ALGOS[f"{_script}+{_name}{_more}"] = (_script, _arguments, f"cpq+{_name}")
+COLD = "--actor-warmup 0 --init-multiplier 0"  # no warm-up of the actor nor of lambda
 # What carries the results: what the suite adds to the paper, taken away or alone, for Marvel and for naive finetuning with its controller.
 LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
-    "bare": ("bare: no anchor, warm-up, reserve", "--anchor-weight 0 --actor-warmup 0 --reserve 0", "cpq"),
+    "bare": ("bare: no anchor, warm-up, reserve", f"--anchor-weight 0 --reserve 0 {COLD}", "cpq"),
     "warmup": ("bare + warm-up", "--anchor-weight 0 --reserve 0", "cpq"),
-    "anchor": ("bare + anchor", "--actor-warmup 0 --reserve 0", "cpq"),
-    "reserve": ("bare + reserve", "--anchor-weight 0 --actor-warmup 0", "cpq"),
+    "anchor": ("bare + anchor", f"--reserve 0 {COLD}", "cpq"),
+    "reserve": ("bare + reserve", f"--anchor-weight 0 {COLD}", "cpq"),
     "": ("the suite: all three", "", "cpq"),
     "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", None),
     "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", None),
@@ -281,7 +282,10 @@ def _number(text: str) -> float | None:
 
 
 def variant(script: str, config: dict) -> str:
-    """The name in ALGOS of a run of algos/SCRIPT.py with this configuration: that with the most arguments which all hold."""
+    """The name in ALGOS of a run of algos/SCRIPT.py with this configuration: that with the most arguments which all hold.
+
+    A run of another preset, or one that starts from somebody's actor, has a name of its own.
+    """
     text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     def holds(flag: str, wanted: str) -> bool:
@@ -290,9 +294,12 @@ def variant(script: str, config: dict) -> str:
             return config.get(field[3:]) is False if field.startswith("no_") else config.get(field) is True
         return same_value(text(config.get(field)), wanted)
 
-    best, most = script, 0
+    preset = config.get("preset", "suite")
+    best, most = script + (f"+{preset}+other" if preset != "suite" else "") + ("+init" if config.get("init") else ""), 0
     for name, (its_script, arguments, _) in ALGOS.items():
         wanted = words(arguments)
+        if wanted.get("--preset", "suite") != preset or config.get("init"):
+            continue
         if its_script == script and len(wanted) > most and all(holds(*item) for item in wanted.items()):
             best, most = name, len(wanted)
     return best

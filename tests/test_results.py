@@ -588,6 +588,11 @@ def test_a_flag_without_value_names_a_variant():
     assert csvs.variant("naive_o2o", {"privileged_critic": False, "lagrangian": "apid"}) == "naive_o2o+apid+blind"
 
 
+def test_what_is_no_variant_of_the_suite_is_not_counted_as_one():
+    assert csvs.variant("marvel", {"preset": "release", "iterations": 7}) == "marvel+release+other"
+    assert csvs.variant("marvel", {"preset": "suite", "init": "a.safetensors", "vpa_steps": 0}) == "marvel+init"
+
+
 @pytest.mark.parametrize("name", csvs.ALGOS)
 def test_the_command_line_of_a_variant_names_it_again(name):
     """From the configuration that a run of it records, whatever the presets add."""
@@ -786,6 +791,18 @@ def test_another_dataset_or_argument_is_not_done(tmp_path, fakes, capsys, monkey
     sweep.sha256.cache_clear()
     sweep.main([*one, "--dry-run"])
     assert "1 job(s) to run, 0 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "results" / "studies").glob("*.args")), ids=lambda path: path.stem)
+def test_a_study_is_on_unseen_seeds_and_says_its_command(study):
+    options = sweep.parse([f"@{study}"])
+    assert options.first_seed == csvs.UNSEEN and options.seeds >= 3
+    assert f"make sweep STUDY={study.relative_to(ROOT)}\n" in study.read_text()
+
+
+def test_every_variant_is_in_a_study():
+    studies = [sweep.parse([f"@{path}"]) for path in (ROOT / "results" / "studies").glob("*.args")]
+    assert {name for study in studies for name in study.algos} == csvs.ALGOS.keys()
 
 
 def wait_until(condition, seconds=30):
