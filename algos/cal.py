@@ -13,8 +13,8 @@ offline phase.
             log lambda descends lambda (q_d - E_batch Qc), one step of Adam per gradient step  multiplier_loss
 
 The multiplier follows the cost critic, at every gradient step, not the costs of the newest episodes: the noise of five episodes
-does not reach it, an error of the critic does. The controller of lagrangian.py has no effect here, but for d' = (1 - reserve) d.
-The column `multiplier` is w.
+does not reach it, an error of the critic does. E_batch Qc is of replayed actions: it lags behind the policy. The controller of
+lagrangian.py has no effect here, but for d' = (1 - reserve) d. The column `multiplier` is w.
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward. CAL's numbers for lambda and kappa are multiplied by reward_scale 0.1 likewise.
