@@ -44,7 +44,7 @@ class OnlineArgs:
     """replay capacity, transitions"""
     replay: Literal["online", "mixed"] = "online"
     """batches from online transitions (Marvel), or half of each from the dataset"""
-    actor_lr: float = 5e-5
+    actor_lr: float = 2e-4
     """Adam step size of the actor (release: 2e-6 to 1e-3, by task)"""
     actor_schedule: Literal["cosine", "constant"] = "cosine"
     """the actor's step size falls to zero as a cosine, so that policy and multiplier come to rest, or stays (release)"""
@@ -56,7 +56,7 @@ class OnlineArgs:
     """critics in the actor's loss (release: target)"""
     entropy_weight: float = 0.003
     """alpha, scaled reward per nat (release: 5e-5 to 5e-3, by task)"""
-    actor_warmup: int = 5
+    actor_warmup: int = 2
     """iterations in which only the critics learn (paper, release: 0)"""
     anchor_weight: float = 0.2
     """weight of KL(pi | offline policy), scaled reward per nat (paper, release: 0)"""
@@ -98,7 +98,7 @@ def _task(actor_lr: float, critic_lr: float, cost_critic_lr: float, entropy_weig
 RELEASE: dict[str, dict] = {  # Marvel's release; tasks that are not its own have BallCircle's numbers
     "*": cpq.RELEASE
     | dict(
-        actor_warmup=0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
+        actor_warmup=0, init_multiplier=0.0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
         actor_critics="target", max_multiplier=float("inf"), multiplier_updates=20, gain_rule="release", lagrangian="apid",
         kp=0.02, ki=0.002, kd=0.01, cost_clip=float("inf"), integral_fall=1.0,
     )

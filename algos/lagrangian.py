@@ -10,7 +10,7 @@
     Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d';  each within [K0 / gain_bound, K0 gain_bound]
 
 Sources: PID-Lagrangian (Stooke, Achiam, Abbeel; arXiv 2007.03964), aPID (Marvel; arXiv 2412.04426). lambda counts scaled reward
-per unit of cost. With --cost-limit inf there is no constraint: lambda stays where it starts.
+per unit of cost. With --cost-limit inf there is no constraint: lambda is 0.
 """
 
 import math
@@ -33,10 +33,10 @@ class LagrangianArgs:
     """initial integral gain, per multiplier update"""
     kd: float = 0.002
     """initial derivative gain"""
-    reserve: float = 0.4
+    reserve: float = 0.5
     """share of the cost limit that the controller leaves unused: it aims at (1 - reserve) d (Marvel: 0)"""
-    init_multiplier: float = 0.0
-    """lambda at the start (the integral's initial value)"""
+    init_multiplier: float = 0.2
+    """lambda at the start, the integral's initial value (release: 0)"""
     max_multiplier: float = 2.0
     """upper bound of the integral and of lambda (Marvel: none; inf)"""
     cost_clip: float = 2.0
@@ -74,7 +74,8 @@ def init_multiplier(args) -> Multiplier:
     """The controller before the first episode; `args` has the fields of LagrangianArgs."""
     scale = {"dual": (0.0, 1.0, 0.0), "pid10": (10.0, 10.0, 10.0)}.get(args.lagrangian, (1.0, 1.0, 1.0))
     gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
-    start, unknown = jnp.float32(args.init_multiplier), jnp.float32(jnp.nan)
+    start = jnp.float32(0.0 if math.isinf(args.cost_limit) else args.init_multiplier)
+    unknown = jnp.float32(jnp.nan)
     return Multiplier(
         start,
         start,

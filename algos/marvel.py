@@ -28,7 +28,7 @@ Those of phase 1 are in cpq.py.
  4 (P, R) The controller aims at (1 - reserve) d: while the return still rises, lambda lags behind the cost (--reserve 0).
  5 (P, R) The online actor is anchored to the offline policy pi_0; the anchor weakens (--anchor-weight 0). Where Q is nearly flat
    around a good policy, Adam makes steps of full size out of its noise.
- 6 (P, R) The online actor waits until the critics have seen its episodes (--actor-warmup 0).
+ 6 (P, R) The online actor first waits for its critics (--actor-warmup 0), and lambda does not start at zero (--init-multiplier 0).
  7 (R) More gradient steps per episode, larger batches (--updates-per-iter 20 --batch-size 64), fewer episodes (--iterations).
  8 (R) The actor's step size falls to zero, so that the last episodes are of a policy at rest (--actor-schedule constant).
  9 (R) The actor's loss takes the online critics (--actor-critics target).

@@ -97,6 +97,8 @@ class Args(EvalArgs, OnlineArgs, LagrangianArgs, NetworkArgs, RunArgs):
     """integral gain per multiplier update"""
     kd: float = 0.0
     """initial derivative gain"""
+    init_multiplier: float = 0.0
+    """lambda at the start, the integral's initial value"""
     cost_clip: float = math.inf
     """a batch of episodes counts as at most this many times d'; inf: as it is"""
     integral_fall: float = 1.0

@@ -275,7 +275,7 @@ def test_update_multiplier_against_plain_python(lagrangian, start, clip, fall, v
 
 def test_clipped_costs_and_slow_forgetting_by_hand():
     """Costs of at most twice the limit of 20, an integral that falls at half its speed."""
-    gains = dict(kp=0.0, ki=0.01, kd=0.0, reserve=0.0, max_multiplier=10.0, lagrangian="pid")
+    gains = dict(kp=0.0, ki=0.01, kd=0.0, reserve=0.0, init_multiplier=0.0, max_multiplier=10.0, lagrangian="pid")
     args = marvel.Args(**gains, cost_limit=20.0, integral_fall=0.5, cost_clip=2.0)
     m, integrals = init_multiplier(args), []
     for cost in (30, 900, 20, 0):  # errors 10, 20, 0, -20
@@ -286,7 +286,7 @@ def test_clipped_costs_and_slow_forgetting_by_hand():
 
 def test_update_multiplier_first_step_by_hand():
     """Averages start at the first value, and there is no derivative yet: 0.01 * 10 + 0.001 * 10 = 0.11."""
-    gains = dict(kp=0.01, ki=0.001, kd=5.0, pid_delay=2, cost_clip=math.inf)
+    gains = dict(kp=0.01, ki=0.001, kd=5.0, init_multiplier=0.0, pid_delay=2, cost_clip=math.inf)
     args = marvel.Args(lagrangian="pid", cost_limit=25, reserve=0.2, **gains)  # aims at 20
     m = init_multiplier(args)
     for cost, expected in (
@@ -314,7 +314,7 @@ def test_the_integral_does_not_wind_up():
 @pytest.mark.parametrize("lagrangian", ["dual", "pid", "pid10", "apid"])
 @pytest.mark.parametrize("limit", [0.0, math.inf])
 def test_extreme_limits(algo, limit, lagrangian):
-    """No cost allowed, and no constraint (`inf: no constraint`, sac_lag.Args): lambda and gains stay finite."""
+    """No cost allowed, and no constraint (wherever lambda would start): lambda and gains stay finite."""
     args = algo.Args(lagrangian=lagrangian, cost_limit=limit)
     m = init_multiplier(args)
     for cost in (0.0, 50.0, 20.0, 0.0, 80.0, 80.0, 3.0):
@@ -999,8 +999,9 @@ def test_vpa_entropy_of_the_batch(variant):
 def test_release_gains_and_repeated_updates():
     """No tanh, divided by the mean cost; twenty updates from one cost are twenty times the integral's step."""
     args = marvel.Args(
-        cost_limit=20.0, reserve=0.0, gain_rule="release", max_multiplier=math.inf, kp=0.02, ki=0.002, kd=0.01, cost_clip=math.inf
-    )
+        cost_limit=20.0, reserve=0.0, gain_rule="release", max_multiplier=math.inf, kp=0.02, ki=0.002, kd=0.01, cost_clip=math.inf,
+        init_multiplier=0.0,
+    )  # fmt: skip
     m = update_multiplier(init_multiplier(args), jnp.float32(50.0), args)
     a, b, _ = args.gain_rates
     np.testing.assert_allclose(m.gains, [0.02 * (1 + a * 0.6), 0.002 * (1 + b * 0.6), 0.01], rtol=1e-5)

@@ -386,7 +386,7 @@ def test_the_release_preset_is_what_the_docstrings_say():
     args = logbook.parse(marvel.Args, words, marvel.PRESETS)
     written = {
         "vpa_entropy": "batch_mean", "vpa_steps": 20_000, "vpa_batch_size": 64, "tau": 0.005, "multiplier_updates": 20,
-        "gain_rule": "release", "max_multiplier": float("inf"), "reserve": 0.0, "anchor_weight": 0.0, "actor_warmup": 0,
+        "gain_rule": "release", "max_multiplier": float("inf"), "reserve": 0.0, "anchor_weight": 0.0, "actor_warmup": 0, "init_multiplier": 0.0,
         "updates_per_iter": 20, "batch_size": 64, "actor_schedule": "constant", "actor_critics": "target", "symlog": False,
         "layer_norm": False, "hidden": (256, 256), "privileged_critic": False, "odometer": False, "termination_cost": 0.0, "eval_policy": "mean",
         "ood_gradient": False, "ood_states": 0, "ood_quantile": 0.0, "one_sided_penalty": False, "clip_cost_target": False,
