@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import envs
 from data import collect, dsrl
@@ -96,3 +97,17 @@ def test_the_command_says_what_is_wrong_in_one_line(words, mend, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1 and mend in run.stderr
     assert not left(tmp_path)
+
+
+MISSING = {"SafetyAntCircle1", "SafetyAntCircle2"}  # their ants learn to fall early
+
+
+@pytest.mark.parametrize("name", sorted({*envs.TASKS, "SafetyPointGoal1-v0"} - MISSING))
+def test_every_native_task_has_the_policies_that_make_its_dataset(name):
+    """As many as the recipe has stages, for the task's observations and actions."""
+    arrays, recipe = safetensors.numpy.load_file(collect.policies_path(name)), collect.RECIPES[name]
+    kernels = [x for key, x in sorted(arrays.items()) if key.endswith("kernel")]
+    assert {len(x) for x in arrays.values()} == {sum(len(behaviour.stages) for behaviour in recipe)}
+    if name in envs.TASKS:
+        env = envs.make(name)
+        assert (kernels[0].shape[1], kernels[-1].shape[2]) == (env.obs_size, 2 * env.action_size)
