@@ -313,7 +313,7 @@ def test_pid_terms(osrl):
     def run(*on):
         kp, ki, kd = (k * x for k, x in zip(osrl["meta"]["pid"], on))
         plain = dict(lagrangian="pid", cost_limit=limit, reserve=0.0, pid_decay=0.0, pid_delay=1, max_multiplier=1e6)
-        plain |= dict(cost_clip=np.inf, integral_fall=1.0)
+        plain |= dict(cost_clip=np.inf, integral_fall=1.0, init_multiplier=0.0)
         args = marvel.Args(**plain, kp=kp, ki=ki, kd=kd)
         update = lambda m, cost: (lagrangian.update_multiplier(m, cost, args),) * 2
         return np.asarray(jax.jit(lambda: jax.lax.scan(update, lagrangian.init_multiplier(args), jnp.asarray(costs))[1].value)())

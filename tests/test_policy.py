@@ -15,6 +15,7 @@ import safetensors.numpy
 
 import algos
 from algos import checkpoint, export, finetuning, logbook, marvel, naive_o2o, pex, training
+from data import collect
 from tests import probes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,9 +364,13 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys):
     assert "leave one of them out" in refused(naive_o2o, f"{run} --init naive.safetensors --offline cpq", tmp_path, capsys)
     assert "SafetyPointRun has 13 and 2" in refused(marvel, f"{run} --init naive.safetensors", tmp_path, capsys)
     assert "no such checkpoint" in refused(marvel, f"{run} --init nowhere.safetensors", tmp_path, capsys)
-    assert "--vpa-steps 0" in refused(marvel, "--env SafetyHopperVelocity --init naive.safetensors", tmp_path, capsys)
-    assert "--replay online" in refused(naive_o2o, "--env SafetyHopperVelocity --init naive.safetensors --replay mixed", tmp_path, capsys)
-    assert "Hopper" in refused(naive_o2o, "--env SafetyHopperVelocity --init naive.safetensors", tmp_path, capsys)  # got past the dataset
+    hopper = "--env SafetyHopperVelocity --init naive.safetensors"
+    with monkeypatch.context() as patch:  # no dataset, and nothing to make one from
+        patch.setattr(collect, "policies_path", lambda name: tmp_path / name)
+        patch.setattr(collect.dsrl, "default_path", lambda name: tmp_path / f"{name}.hdf5")
+        assert "--vpa-steps 0" in refused(marvel, hopper, tmp_path, capsys)
+        assert "--replay online" in refused(naive_o2o, f"{hopper} --replay mixed", tmp_path, capsys)
+        assert "SafetyHopperVelocity has 11 and 3" in refused(naive_o2o, hopper, tmp_path, capsys)  # got past the dataset
     for flag in ("--video v.gif", "--trajectory t.png", "--export p.onnx"):
         assert "--eval" in refused(naive_o2o, f"{run} {flag}", tmp_path, capsys)
     assert "algos/pex.py" in refused(naive_o2o, "--eval pex.safetensors", tmp_path, capsys)
