@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import bc_safe, bear_lag, cal, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, wsrl
+import envs
+from algos import bc_safe, bear_lag, cal, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, training, wsrl
 from data import dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,8 @@ TINY = {
     "--rank-points 4 --updates-per-iter 10 --hidden 16 --vae-hidden 16 --dataset point.hdf5",
     "sac_lag": "--seeds 2 --env-steps 10240 --num-envs 16 --steps-per-block 64 --updates-per-block 8 --evals 2 --eval-episodes 2 --final-eval-rounds 1 --hidden 16",
 }
-SHORT = {"cpq": "--seeds 2 --offline-steps 500 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 16 --vae-hidden 16"}
+OFFLINE = "--seeds 2 --offline-steps 500 --offline-evals 1 --eval-episodes 2 --final-eval-rounds 1 --hidden 16 --vae-hidden 16"
+SHORT = {"cpq": OFFLINE, "naive_o2o": OFFLINE + " --iterations 1 --evals 1 --updates-per-iter 10 --dataset point.hdf5"}
 
 
 @pytest.fixture(scope="module")
@@ -443,11 +445,11 @@ def tiny(algo, place, tmp_path, words):
 
 @pytest.mark.parametrize("offline", ["cpq", pytest.param("bear_lag", marks=pytest.mark.slow)])
 def test_without_a_constraint(place, tmp_path, offline):
-    rows, _ = tiny("marvel", place, tmp_path, f"--cost-limit inf --offline {offline}")
+    rows, _ = tiny("naive_o2o", place, tmp_path, f"--cost-limit inf --offline {offline}")
     assert rows[-1]["phase"] == "online" and rows[-1]["cost_limit"] == "inf"
     assert {float(row["multiplier"]) for row in rows if row["phase"] == "online"} == {0.0}
     assert all(float(row["q"]) == float(row["q"]) for row in rows if row["event"] == "train")
-    assert (folder_of(tmp_path / "runs", "marvel") / "curves.png").exists()
+    assert (folder_of(tmp_path / "runs", "naive_o2o") / "curves.png").exists()
 
 
 def test_a_dataset_without_a_safe_trajectory_trains_without_cloning(bad_files, tmp_path):
@@ -459,10 +461,11 @@ def test_time_outs_stored_as_terminals_are_named(bad_files, tmp_path, capsys):
     dataset, _ = dsrl.load(bad_files / "point.hdf5")
     path = tmp_path / "t.hdf5"
     dsrl.save(path, dataset._replace(terminals=dataset.timeouts, timeouts=0 * dataset.timeouts), {"env": ENV})
-    _, err = tiny("cpq", bad_files, tmp_path, f"--dataset {path}")
-    assert sum("--terminals-are-timeouts" in line for line in err.splitlines()) == 1
-    stored, _ = dsrl.load(path)
-    read = dsrl.as_timeouts(stored)
+    args = cpq.Args(env=ENV, dataset=str(path))
+    _, stored, _ = training.load_dataset(args, envs.make(ENV, memory=True))
+    assert sum("--terminals-are-timeouts" in line for line in capsys.readouterr().err.splitlines()) == 1
+    _, read, _ = training.load_dataset(replace(args, terminals_are_timeouts=True), envs.make(ENV, memory=True))
+    assert "--terminals-are-timeouts" not in capsys.readouterr().err
     np.testing.assert_array_equal(read.timeouts, dataset.timeouts)
     assert stored.terminals.any() and not read.terminals.any()
     dsrl.check_episodes(read, path, 500)
