@@ -59,7 +59,6 @@ BULLET = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multip
 GOAL = "--num-envs 16 --steps-per-block 16 --episodes-per-iter 16 --max-multiplier 0.2 --ki 0.001 --eval-episodes 4"
 
 # Stages chosen for PointCircle1 and SwimmerVelocity. Without a limit Circle2 is Circle1: CarCircle's kept ones of that kind are of one run.
-# The ants of AntCircle learn to fall early by this; their policies are not kept.
 CIRCLE = (
     Behaviour(15.0, 300_000, 24, (2, 4, 6, 8, 10, 14, 18, 24), SIXTEEN),
     Behaviour(float("inf"), 150_000, 12, (1, 3, 6, 12), SIXTEEN),
@@ -100,6 +99,9 @@ RECIPES: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(float("inf"), 425_000, 17, (17,), ANT),
     ),
 }
+
+# Their ants learn to fall early by the recipe, because its rewards hardly pay for standing: their policies are not kept.
+FALLING = frozenset({"SafetyAntCircle1", "SafetyAntCircle2"})
 
 TRANSITIONS = {"SafetyPointCircle1": 60_000, "SafetySwimmerVelocity": 60_000, "SafetyPointGoal1-v0": 60_000}  # the others: 100,000
 PIECES = 20  # calls that a collection is split into, for its progress bar
@@ -228,7 +230,8 @@ def collect(env: envs.Env, out: Path, transitions: int | None = None, seed: int 
 def _mend(name: str) -> str:
     """How to get a dataset of a task that has none."""
     if name in RECIPES:
-        return f"`python -m data.collect --env {name} --train` makes one, in hours"
+        but = "; its ants fall early, so --dataset FILE with one of your own is better" if name in FALLING else ""
+        return f"`python -m data.collect --env {name} --train` makes one, in hours{but}"
     published = public.published(name)
     if published:
         return f"--dataset dsrl/{published.name} downloads a published one"
