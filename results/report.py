@@ -798,7 +798,7 @@ def summary(folder: Path) -> str:
     header, rows = ["algorithm"], []
     for env in tasks:
         header += [env, "per training episode"]
-    for name in (name for name in ALGOS if name not in STEPS):
+    for name in (name for name in ALGOS if name not in STEPS and any((env, name, csvs.LIMIT) in runs for env in tasks)):
         rows.append([NAMES[name]])
         for env in tasks:
             found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None
@@ -808,7 +808,7 @@ def summary(folder: Path) -> str:
 
 
 def overview(folder: Path) -> str:
-    """By task, for the offline policy, Marvel and naive finetuning: the share of seeds within the limit, and the mean return."""
+    """By task, for the offline policy, Marvel and naive finetuning: share of seeds within the limit, mean return, cost of training."""
     runs, note = reported(folder)
     names = ("cpq", "marvel", "naive_o2o")
     rows = []
@@ -819,8 +819,11 @@ def overview(folder: Path) -> str:
         for name in names:
             found = alive(runs[env, name, csvs.LIMIT])
             row += [ratio((found["cost"] <= csvs.LIMIT).sum(), found["cost"].size), number(found["return"].mean())]
+            row += [number(found["train_cost"].mean())] if name not in OFFLINE else []
         rows.append(row)
-    header = ["task", "offline: safe", "return", "Marvel: safe", "return", "naive finetuning: safe", "return"]
+    header = ["task", "offline: safe", "return"]
+    for title in ("Marvel", "naive finetuning"):
+        header += [f"{title}: safe", "return", "per training episode"]
     return note + "\n".join(markdown(header, rows))
 
 
