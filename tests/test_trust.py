@@ -443,13 +443,16 @@ def tiny(algo, place, tmp_path, words):
         return list(csv.DictReader(file)), err
 
 
-@pytest.mark.parametrize("offline", ["cpq", pytest.param("bear_lag", marks=pytest.mark.slow)])
-def test_without_a_constraint(place, tmp_path, offline):
-    rows, _ = tiny("naive_o2o", place, tmp_path, f"--cost-limit inf --offline {offline}")
+@pytest.mark.parametrize(
+    ("algo", "offline"),
+    [("naive_o2o", "cpq"), *(pytest.param("marvel", offline, marks=pytest.mark.slow) for offline in ("cpq", "bear_lag"))],
+)
+def test_without_a_constraint(place, tmp_path, algo, offline):
+    rows, _ = tiny(algo, place, tmp_path, f"--cost-limit inf --offline {offline}")
     assert rows[-1]["phase"] == "online" and rows[-1]["cost_limit"] == "inf"
     assert {float(row["multiplier"]) for row in rows if row["phase"] == "online"} == {0.0}
     assert all(float(row["q"]) == float(row["q"]) for row in rows if row["event"] == "train")
-    assert (folder_of(tmp_path / "runs", "naive_o2o") / "curves.png").exists()
+    assert (folder_of(tmp_path / "runs", algo) / "curves.png").exists()
 
 
 def test_a_dataset_without_a_safe_trajectory_trains_without_cloning(bad_files, tmp_path):
