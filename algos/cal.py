@@ -59,7 +59,8 @@ class Args(FinetuneArgs):
     """kappa, scaled reward per squared unit of cost (CAL: 10 per raw reward); 0: lambda alone"""
 
 
-PRESETS = finetuning.PRESETS
+# The others' release starts from lambda = 0, which log lambda cannot.
+PRESETS = finetuning.PRESETS | {"release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(init_multiplier=Args.init_multiplier)}}
 
 # ---------------------------------------------------------------- losses
 
@@ -142,6 +143,8 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
+    if args.init_multiplier == 0:
+        raise logbook.BadInput(f"--init-multiplier {args.init_multiplier}: must be positive: CAL learns its logarithm")
     run = finetuning.prepare("cal", args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)

@@ -61,7 +61,7 @@ RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
     "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile "
-    "gate_quantile cost_pessimism rectification".split()
+    "gate_quantile cost_pessimism rectification init_multiplier".split()
 )
 INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
 

@@ -599,6 +599,7 @@ def test_the_command_line_of_a_variant_names_it_again(name):
     module = importlib.import_module(f"algos.{script}")
     args = logbook.parse(module.Args, ["--env", ENV, *arguments.split()], getattr(module, "PRESETS", None))
     assert csvs.variant(script, json.loads(json.dumps(asdict(args), default=str))) == name
+    logbook.check_numbers(args)  # and it runs
 
 
 def test_the_papers_own_configuration_is_a_table_of_its_own(tmp_path):

@@ -326,6 +326,7 @@ def cases():
     yield "marvel", "--dataset point.hdf5 --cost-limit 0.0 --env SafetyAntRun", ("point.hdf5",)
     yield "marvel", "--vpa-steps 750", ("--vpa-steps",)
     yield "marvel", "--critics old", ("--critics", "fresh")
+    yield "cal", "--init-multiplier 0", ("--init-multiplier", "logarithm")
     yield "marvel", "--replay offline", ("--replay", "mixed")
     yield "marvel", "--gain-rates 0.1", ("--gain-rates",)
     yield "sac_lag", "--num-envs 0", ("--num-envs",)
