@@ -46,6 +46,7 @@ ALGOS = {
     "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
     "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),
 }
+COMPARED = tuple(ALGOS)  # what a bare sweep runs and the comparisons show; what follows has tables of its own
 # The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of the published one. 500 episodes:
 # the release has more on HalfCheetah only (5,000).
 RELEASE = {"release": "--offline-steps 10000 --offline-batch-size 256", "published": "--offline-steps 100000 --offline-batch-size 512"}

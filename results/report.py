@@ -35,8 +35,7 @@ for arm, title in ARMS.items():
     NAMES |= {arm.format(budget): f"{title}; release, offline {what}" for budget, what in BUDGETS.items()}
 OFFLINE = ("cpq", "bc_safe", "bear_lag")
 PLAIN = [name for name in ALGOS if "+" not in name]
-STEPS = {f"{base}+{rung}" for base in RUNGS for rung in csvs.LADDER} | {arm.format(budget) for arm in ARMS for budget in BUDGETS}
-CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name and name not in STEPS)]
+CONTROLS = ["marvel", *(name for name in csvs.COMPARED if "+" in name)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
 HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's red
 COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
@@ -117,7 +116,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def missing(present) -> list[str]:
     """A line that names the algorithms that are not in `present`."""
-    names = [NAMES[name] for name in ALGOS if name not in present and name not in STEPS]
+    names = [NAMES[name] for name in csvs.COMPARED if name not in present]
     return [f"Missing: {'; '.join(names)}.", ""] if names else []
 
 
@@ -248,7 +247,7 @@ def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
     the algorithms that have all of these, on each task the seeds that all of them have. {} if nothing is left."""
     ran = {name for name in PLAIN for task in tasks.values() if name in task}
     common = [env for env, task in tasks.items() if ran <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
-    names = [name for name in ALGOS if name not in STEPS and all(name in tasks[env] for env in common)]
+    names = [name for name in csvs.COMPARED if all(name in tasks[env] for env in common)]
     kept: dict[str, Task] = {}
     for env in common if names else ():
         seeds = set.intersection(*(set(tasks[env][name].seeds) for name in names))
@@ -261,7 +260,7 @@ def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
 def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows, shown, alike = [], [], comparable(tasks)
     best_of = {env: best_safe_return(task) for env, task in tasks.items()}
-    for name in (name for name in ALGOS if name not in STEPS):
+    for name in csvs.COMPARED:
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
             continue
@@ -798,7 +797,7 @@ def summary(folder: Path) -> str:
     header, rows = ["algorithm"], []
     for env in tasks:
         header += [env, "per training episode"]
-    for name in (name for name in ALGOS if name not in STEPS and any((env, name, csvs.LIMIT) in runs for env in tasks)):
+    for name in (name for name in csvs.COMPARED if any((env, name, csvs.LIMIT) in runs for env in tasks)):
         rows.append([NAMES[name]])
         for env in tasks:
             found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None

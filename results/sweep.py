@@ -355,11 +355,11 @@ def last_line(path: Path) -> str:
 def parse(arguments: list[str]):
     parser = csvs.Parser("Runs what is missing. @FILE reads arguments from a file, one a line.")
     parser.add_argument("--envs", nargs="+", default=csvs.ENVS, help="tasks (default: the core suite)")
-    parser.add_argument("--algos", nargs="+", default=list(ALGOS), metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument(
-        "--first-seed", type=int, default=0, help=f"the first of them (default 0; results are reported from {csvs.UNSEEN} on)"
+        "--algos", nargs="+", default=csvs.COMPARED, metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: the first {len(csvs.COMPARED)})"
     )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    parser.add_argument("--first-seed", type=int, default=csvs.UNSEEN, help=f"the first of them (default {csvs.UNSEEN}; below: for tuning)")
     parser.add_argument("--limits", nargs="+", type=float, default=[csvs.LIMIT], metavar="LIMIT", help="cost limits (default 20)")
     parser.add_argument("--args", default="", help="further arguments of every job, as one string")
     parser.add_argument(

@@ -707,14 +707,14 @@ def start_sweep(arguments):
 def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys):
     assert sweep.main([*fakes, *ALL[:-1]]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"^\[\d/6\] \S+ \S+ seeds 0-1: done in", out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^\[\d/6\] \S+ \S+ seeds 100-101: done in", out, re.MULTILINE)) == 6
     assert len(journal(tmp_path)) == 6
     assert sorted(collections.Counter(journal(tmp_path, "offline")).values()) == [1, 1, 1, 1]  # one per environment and seed
     assert sweep.main([*fakes, *ALL]) == 0
     assert "2 job(s) to run, 6 done" in capsys.readouterr().out and len(journal(tmp_path)) == 8
     fakes[-1] = "4"  # two more seeds
     assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--seeds-per-job", "1"]) == 0
-    assert [entry[2:4] for entry in journal(tmp_path)[8:]] == [("2", "1"), ("3", "1")]
+    assert [entry[2:4] for entry in journal(tmp_path)[8:]] == [("102", "1"), ("103", "1")]
     assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel"]) == 0
     assert "0 job(s) to run, 1 done" in capsys.readouterr().out
     assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--limits", "20.0", "40"]) == 0  # 20.0 is the 20 that is done
@@ -756,7 +756,7 @@ def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
     capsys.readouterr()
     assert sweep.main([*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"EnvA sac_lag seeds 2-4 +6 s\n", out) and re.search(r"EnvB sac_lag seeds 0-4 +unknown\n", out)
+    assert re.search(r"EnvA sac_lag seeds 102-104 +6 s\n", out) and re.search(r"EnvB sac_lag seeds 100-104 +unknown\n", out)
     assert "2 job(s) to run, 0 done; one after another 6 s, and 1 job(s) never measured" in out
     assert len(journal(tmp_path)) == 1
 
@@ -765,7 +765,7 @@ def test_failures_are_listed_with_their_log(tmp_path, fakes, capsys):
     code = sweep.main([*fakes, *ALL, "--args=--fail sac_lag", "--parallel=4"])
     out, err = capsys.readouterr()
     assert code == 1 and out.count("FAILED (exit code 1)") == 2 and out.count(": done in") == 6
-    assert "2 of 8 job(s) failed:" in err and "EnvA sac_lag seeds 0-1: exit code 1: something went wrong in sac_lag" in err
+    assert "2 of 8 job(s) failed:" in err and "EnvA sac_lag seeds 100-101: exit code 1: something went wrong in sac_lag" in err
     logs = re.findall(r"^    (.*\.log)$", err, re.MULTILINE)
     assert len(logs) == 2 and all("something went wrong" in Path(log).read_text() for log in logs)
     assert sweep.main([*fakes, *ALL, "--args=--fail sac_lag"]) == 1
@@ -877,7 +877,7 @@ def test_a_real_sweep_and_what_follows(tmp_path):
     process = start_sweep(arguments)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err + "".join(path.read_text() for path in (tmp_path / "runs" / "sweep").glob("*.log"))
-    assert f"[1/1] {ENV} sac_lag seeds 0-1: done in" in out
+    assert f"[1/1] {ENV} sac_lag seeds 100-101: done in" in out
     assert "0 job(s) to run, 1 done" in start_sweep(arguments).communicate(timeout=60)[0]
     places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert diff.main([*places, "--accept"]) == 0 and diff.main(places) == 0
@@ -946,3 +946,9 @@ def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--seeds", "11"])
     with pytest.raises(csvs.BadInput, match="0 to 9"):
         tune.main()
+
+
+def test_a_bare_sweep_leaves_out_what_has_a_study_of_its_own():
+    options = sweep.parse([])
+    assert options.first_seed == csvs.UNSEEN and {"cpq", "marvel+novpa"} <= set(options.algos)
+    assert not any(rung in name.split("+") for name in options.algos for rung in (*csvs.RELEASE, *filter(None, csvs.LADDER)))
