@@ -4,7 +4,7 @@ Source: the baseline of that name in OSRL and Marvel (arXiv 2412.04426).
 
     equation                                                                                  function
     maximise log pi(a|s) over the chosen trajectories' (s, a)                                 bc_loss
-    safe: undiscounted cost <= d;  frontier: see `cloned`                                     cloned
+    safe: undiscounted cost <= d;  best, frontier: see `cloned`                               cloned
 
 An unfinished last trajectory never counts as safe: its cost is not known.
 
@@ -36,8 +36,8 @@ from envs.rollout import Batch
 class CloningArgs(OfflineArgs):
     """phase 1, BC-Safe"""
 
-    data: Literal["safe", "all", "frontier"] = "safe"
-    """trajectories to clone: within the cost limit; all; or those whose return is near the best at their cost or less"""
+    data: Literal["safe", "best", "all", "frontier"] = "safe"
+    """trajectories to clone: within the cost limit; the best of these, as CPQ does; all; near the best return at their cost or less"""
     frontier: float = 0.8
     """with --data frontier: least return, as a share of the way from the dataset's worst to the best at that cost or less"""
 
@@ -46,9 +46,12 @@ class CloningArgs(OfflineArgs):
 class Args(EvalArgs, CloningArgs, ActorArgs, RunArgs):
     """this algorithm"""
 
+    cloning_quantile: float = 0.75
+    """with --data best: clone the safe trajectories whose return is at or above this quantile of theirs (cpq.py on CarRun: 0.25)"""
+
 
 RECIPE_VERSION = 1  # raise it when the same arguments give other numbers (tests/test_recipes.py)
-RECIPE = training.COMMON_RECIPE + ["data", "frontier"]
+RECIPE = training.COMMON_RECIPE + ["data", "frontier", "cloning_quantile"]
 
 # ---------------------------------------------------------------- loss
 
@@ -62,6 +65,7 @@ def bc_loss(params, batch: Batch, actor: Actor):
 def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
     """(N,) bool: the transitions to clone (--data).
 
+    best: what CPQ clones beside its Q: `dsrl.in_safe_trajectories` above `cloning_quantile`.
     frontier: complete trajectories whose return reaches worst + `frontier` * (best - worst), best being the highest return among
     trajectories that cost no more, and worst the lowest of all: near the Pareto front of return and cost, at any cost.
     """
@@ -70,6 +74,8 @@ def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
         chosen = np.ones(len(split.returns), bool)
     elif args.data == "safe":
         chosen = split.complete & (split.costs <= args.cost_limit)
+    elif args.data == "best":
+        chosen = dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)
     else:
         worst = split.returns[split.complete].min(initial=np.inf)
         as_cheap = split.complete & (split.costs[None, :] <= split.costs[:, None])
@@ -77,7 +83,7 @@ def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
         chosen = split.complete & (split.returns >= worst + args.frontier * (best - worst))
     if not chosen.any():
         raise logbook.BadInput(f"{path}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit")
-    return np.repeat(chosen, split.lengths.astype(np.int64))
+    return chosen if args.data == "best" else np.repeat(chosen, split.lengths.astype(np.int64))
 
 
 # ---------------------------------------------------------------- one gradient step

@@ -26,6 +26,7 @@ UNSEEN = 100  # results are reported on seeds from here on
 ALGOS = {
     "cpq": ("cpq", "", "cpq"),
     "bc_safe": ("bc_safe", "", None),
+    "bc_safe+best": ("bc_safe", "--data best", None),
     "bear_lag": ("bear_lag", "", "bear_lag"),
     "marvel": ("marvel", "", "cpq"),
     "sac_lag": ("sac_lag", "", None),

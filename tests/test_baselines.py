@@ -141,6 +141,8 @@ def test_cloned_trajectories():
     assert of(chosen()) == [True, False, False, True, False]  # the unfinished one costs nothing yet, and does not count
     assert of(chosen(cost_limit=35.0)) == [True, True, False, True, False]
     assert of(chosen(data="all")) == [True] * 5
+    assert of(chosen(data="best", cost_limit=40.0)) == [False, True, False, False, False]
+    np.testing.assert_array_equal(chosen(data="best", cost_limit=40.0), cpq.cloned(data, cpq.Args(cost_limit=40.0), "a file"))
     assert of(chosen(data="frontier", frontier=0.9)) == [True, True, True, True, False]
     assert of(chosen(data="frontier", frontier=0.97)) == [True, True, False, True, False]
 
