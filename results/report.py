@@ -244,6 +244,13 @@ def claims(tasks: dict[str, Task]) -> list[str]:
     ]
 
 
+def on_common_seeds(task: Task, names: list[str]) -> Task:
+    """These runs, of each the seeds that all of them have; {} if there are none."""
+    seeds = set.intersection(*(set(task[name].seeds) for name in names))
+    rows = lambda run: [row for row in run.rows if row["seed"] in seeds]
+    return {name: replace(task[name], rows=rows(task[name])) for name in names} if seeds else {}
+
+
 def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
     """What figures over tasks may compare: the tasks that all algorithms have which ran, or else the task that the most have; of
     the algorithms that have all of these, on each task the seeds that all of them have. {} if nothing is left."""
@@ -252,10 +259,9 @@ def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
     names = [name for name in csvs.COMPARED if all(name in tasks[env] for env in common)]
     kept: dict[str, Task] = {}
     for env in common if names else ():
-        seeds = set.intersection(*(set(tasks[env][name].seeds) for name in names))
-        if seeds and not math.isnan(best_safe_return(tasks[env])):
-            rows = lambda run: [row for row in run.rows if row["seed"] in seeds]
-            kept[env] = {name: replace(tasks[env][name], rows=rows(tasks[env][name])) for name in names}
+        found = on_common_seeds(tasks[env], names)
+        if found and not math.isnan(best_safe_return(tasks[env])):
+            kept[env] = found
     return kept
 
 
@@ -347,35 +353,37 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     """What carries the results: one table of csvs.LADDER's rungs on the tasks that have any but the suite itself, and a figure."""
     lines, shown = [], {}
     for env, task in tasks.items():
-        rows = []
-        for rung, (what, *_) in csvs.LADDER.items():
-            for base, title in RUNGS.items():
-                run = task.get(f"{base}+{rung}".rstrip("+"))
-                if run is None:
-                    continue
-                found = alive(run)
-                within = found["cost"] <= run.cost_limit
-                rows.append([
-                    what, title, str(within.size), ratio(int(within.sum()), within.size), spread(found["return"]), spread(found["cost"]),
-                    spread(found["early_cost"]), spread(found["train_cost"]),
-                ])  # fmt: skip
-                shown.setdefault(env, {})[rung, base] = found
-        if len({row[0] for row in rows}) > 1:
-            header = "rung, algorithm, seeds, within the limit, return, cost, cost per training episode of the first fifth, of all"
-            lines += [f"**{env}**", "", *markdown(header.split(", "), rows)]
-        else:
-            shown.pop(env, None)
+        steps = {f"{base}+{rung}".rstrip("+"): (rung, base) for rung in csvs.LADDER for base in RUNGS}
+        steps = {name: step for name, step in steps.items() if name in task}
+        if len({rung for rung, _ in steps.values()}) < 2:
+            continue
+        runs, rows = on_common_seeds(task, list(steps)), []
+        if not runs:
+            lines += [f"**{env}**: the rungs have no seed in common.", ""]
+            continue
+        for name, (rung, base) in steps.items():
+            found = alive(runs[name])
+            within = found["cost"] <= runs[name].cost_limit
+            rows.append([
+                csvs.LADDER[rung][0], RUNGS[base], str(within.size), ratio(int(within.sum()), within.size), spread(found["return"]),
+                spread(found["cost"]), spread(found["early_cost"]), spread(found["train_cost"]),
+            ])  # fmt: skip
+            shown.setdefault(env, {})[rung, base] = found
+        header = "rung, algorithm, seeds, within the limit, return, cost, cost per training episode of the first fifth, of all"
+        lines += [f"**{env}**", "", *markdown(header.split(", "), rows)]
     if not lines:
         return []
-    draw_ladder(shown, folder / f"ladder{suffix}.png")
+    figure = f"![Cost of the first training episodes by rung](ladder{suffix}.png)"
+    if shown:
+        draw_ladder(shown, folder / f"ladder{suffix}.png")
     return [
         "## What carries the results",
         "",
-        "Rungs: what the suite adds to the paper's online phase, each alone and together, and three changes of what it starts from.",
+        "Rungs: what the suite adds to the paper's online phase, each alone and together, and four changes of what it starts from or sees. "
+        "The rungs of a task are compared on the seeds that all of them have.",
         "",
         *lines,
-        f"![Cost of the first training episodes by rung](ladder{suffix}.png)",
-        "",
+        *([figure, ""] if shown else []),
         "Data: the commands under each task below; table and figure: `make report`.",
         "",
     ]

@@ -581,6 +581,15 @@ def test_the_ladder_shows_the_rungs_that_were_run(tmp_path):
     assert rows[2][3] == "0 of 5 [0.00, 0.43]" and (tmp_path / "ladder.png").exists()
 
 
+def test_rungs_are_compared_on_the_seeds_that_all_have(tmp_path):
+    csvs.write(make_run("marvel", seeds=7), tmp_path)
+    csvs.write(make_run("marvel+bare", seeds=3), tmp_path)
+    table = report.report(tmp_path).split("## What carries the results")[1].split("\n## ")[0]
+    assert re.findall(r"^\| .* \| Marvel \| (\d) \|", table, re.MULTILINE) == ["3", "3"]
+    csvs.write(on_seeds(make_run("marvel+anchor", seeds=3), 4), tmp_path)
+    assert f"**{ENV}**: the rungs have no seed in common." in report.report(tmp_path)
+
+
 def test_a_flag_without_value_names_a_variant():
     assert csvs.variant("marvel", {"privileged_critic": False}) == "marvel+blind"
     assert csvs.variant("marvel", {"privileged_critic": True, "lagrangian": "apid"}) == "marvel"
