@@ -36,11 +36,11 @@ for arm, title in ARMS.items():
     NAMES |= {arm.format(budget): f"{title}; release, offline {what}" for budget, what in BUDGETS.items()}
 OFFLINE = ("cpq", "bc_safe", "bc_safe+best", "bear_lag")
 PLAIN = [name for name in ALGOS if "+" not in name]
-CONTROLS = ["marvel", *(name for name in csvs.COMPARED if "+" in name)]
+CONTROLS = ["marvel", *(name for name in csvs.COMPARED if "+" in name and name not in OFFLINE)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
 HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's red
 COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
-COLOURS["marvel"] = "black"
+COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
 RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
 CLAIMS = [  # (claim, what is said to be better, than what)
     ("Pre-alignment helps finetuning", "marvel", "marvel+novpa"),
