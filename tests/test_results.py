@@ -270,6 +270,8 @@ def test_intervals_of_few_or_equal_values():
     assert measures.difference([1.0, 1.0], [3.0, 3.0]) == (2.0, 2.0)
     low, high = measures.interval([0.0, 0.0, 0.0, 0.0, 100.0])
     assert low < 20 < high < math.inf
+    low, high = measures.interval([0.0, -1.0, 699.0, 1.0, 98.0])  # one learned, and some did not
+    assert -1000 < low < 159 < high < 2000
 
 
 def test_wilson_interval_of_a_share():
