@@ -324,7 +324,8 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
 def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows = []
     for env, task in tasks.items():
-        for name in ("marvel", "marvel+fqe", "marvel+fresh"):
+        published = [arm.format(budget) for budget in BUDGETS for arm in ARMS if arm.startswith("marvel")]
+        for name in ("marvel", "marvel+fqe", "marvel+fresh", *published):
             if name not in task:
                 continue
             cells = []
