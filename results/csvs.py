@@ -52,8 +52,15 @@ COMPARED = tuple(ALGOS)  # what a bare sweep runs and the comparisons show; what
 # the release has more on HalfCheetah only (5,000).
 RELEASE = {"release": "--offline-steps 10000 --offline-batch-size 256", "published": "--offline-steps 100000 --offline-batch-size 512"}
 ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
+BOUNDED = "--multiplier-updates 1 --gain-rule paper --max-multiplier 2"  # the suite's multiplier on the release's gains: a control
 for _name, _budget in RELEASE.items():
-    for _script, _more, _arguments in (("naive_o2o", "", ""), ("marvel", "", ENTROPY), ("marvel", "+fqe", "")):
+    for _script, _more, _arguments in (
+        ("naive_o2o", "", ""),
+        ("marvel", "", ENTROPY),
+        ("marvel", "+fqe", ""),
+        ("naive_o2o", "+bounded", BOUNDED),
+        ("marvel", "+bounded", f"{BOUNDED} {ENTROPY}"),
+    ):
         _arguments = f"--preset release --iterations 100 {_budget} {_arguments}".strip()
         ALGOS[f"{_script}+{_name}{_more}"] = (_script, _arguments, f"cpq+{_name}")
 COLD = "--actor-warmup 0 --init-multiplier 0"  # no warm-up of the actor nor of lambda

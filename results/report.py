@@ -30,7 +30,10 @@ NAMES = {
 RUNGS = {"marvel": "Marvel", "naive_o2o+apid": "naive finetuning, adaptive PID"}  # of which csvs.LADDER has variants
 for base, title in RUNGS.items():
     NAMES |= {f"{base}+{rung}": f"{title}; {what}" for rung, (what, *_) in csvs.LADDER.items() if rung}
-ARMS = {"naive_o2o+{}": "naive finetuning, adaptive PID", "marvel+{}": "Marvel", "marvel+{}+fqe": "Marvel without entropy terms"}
+ARMS = {
+    "naive_o2o+{}": "naive finetuning, adaptive PID", "marvel+{}": "Marvel", "marvel+{}+fqe": "Marvel without entropy terms",
+    "naive_o2o+{}+bounded": "naive finetuning, bounded multiplier", "marvel+{}+bounded": "Marvel, bounded multiplier",
+}  # fmt: skip
 BUDGETS = {"release": "10,000 steps of 256", "published": "100,000 steps of 512, the release's"}  # offline, of csvs.RELEASE
 for arm, title in ARMS.items():
     NAMES |= {arm.format(budget): f"{title}; release, offline {what}" for budget, what in BUDGETS.items()}
@@ -396,7 +399,7 @@ def release(tasks: dict[str, Task]) -> list[str]:
     for env, task in tasks.items():
         for budget, what in BUDGETS.items():
             for arm, title in ARMS.items():
-                run, naive = task.get(arm.format(budget)), f"naive_o2o+{budget}"
+                run, naive = task.get(arm.format(budget)), f"naive_o2o+{budget}" + ("+bounded" if "bounded" in arm else "")
                 if run is None:
                     continue
                 found, better = alive(run), {}
@@ -416,7 +419,8 @@ def release(tasks: dict[str, Task]) -> list[str]:
         "## The paper's own configuration",
         "",
         "`--preset release`: no anchor, warm-up, reserve or cloning; the release's step sizes and update counts; at most 500 episodes. All "
-        "arms of a task start from the same offline checkpoints. P: as *final* above.",
+        "arms of a task start from the same offline checkpoints. Bounded: lambda moves once per iteration, by the paper's rule, and is at "
+        "most 2. P: as *final* above; with a bounded multiplier, both have it.",
         "",
         *markdown(header.split(", "), rows),
         "Data: the commands under each task below; table: `make report`.",
