@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -84,13 +85,17 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
-def spread(values) -> str:
-    """Mean and interval over seeds."""
+def spread(values, least: float = -math.inf) -> str:
+    """Mean and interval over seeds; `least`: no mean can be below it."""
     low, high = measures.interval(values)
+    low = max(low, least) if not math.isnan(low) else low
     finite = measures.finite(values)
     if not finite.size:
         return "-"
     return number(finite.mean()) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
+
+
+cost_spread = partial(spread, least=0.0)
 
 
 def ratio(successes: int, n: int) -> str:
@@ -120,7 +125,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def missing(present) -> list[str]:
-    """A line that names the algorithms that are not in `present`."""
+    """A line that names the algorithms that are not in `present`, where any of them is."""
+    if not any(name in csvs.COMPARED for name in present):
+        return []
     names = [NAMES[name] for name in csvs.COMPARED if name not in present]
     return [f"Missing: {'; '.join(names)}.", ""] if names else []
 
@@ -370,7 +377,7 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             within = found["cost"] <= runs[name].cost_limit
             rows.append([
                 csvs.LADDER[rung][0], RUNGS[base], str(within.size), ratio(int(within.sum()), within.size), spread(found["return"]),
-                spread(found["cost"]), spread(found["early_cost"]), spread(found["train_cost"]),
+                cost_spread(found["cost"]), cost_spread(found["early_cost"]), cost_spread(found["train_cost"]),
             ])  # fmt: skip
             shown.setdefault(env, {})[rung, base] = found
         header = "rung, algorithm, seeds, within the limit, return, cost, cost per training episode of the first fifth, of all"
@@ -407,9 +414,9 @@ def release(tasks: dict[str, Task]) -> list[str]:
                     better = compared({env: task}, run.name, naive)
                 within = found["cost"] <= run.cost_limit
                 rows.append([
-                    env, what, title, str(within.size), spread(found["offline_return"]), spread(found["offline_cost"]),
-                    ratio(int(within.sum()), within.size), spread(found["return"]), spread(found["cost"]), spread(found["early_cost"]),
-                    spread(found["train_cost"]), estimate(better["final"]) if better else "-",
+                    env, what, title, str(within.size), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
+                    ratio(int(within.sum()), within.size), spread(found["return"]), cost_spread(found["cost"]),
+                    cost_spread(found["early_cost"]), cost_spread(found["train_cost"]), estimate(better["final"]) if better else "-",
                 ])  # fmt: skip
     if not rows:
         return []
@@ -444,10 +451,10 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
         episodes = measures.finite(found["training_episodes"])
         rows.append([
-            NAMES.get(name, name), seeds, spread(found["offline_return"]), spread(found["offline_cost"]), spread(found["return"]),
-            f"**{spread(found['cost'])}**" if found["cost"].mean() <= run.cost_limit else spread(found["cost"]),
-            ratio(int(within.sum()), within.size), percent(found["share_above"]), spread(found["worst_tenth"]),
-            spread(found["train_cost"]), spread(found["early_cost"]), spread(found["regret"]),
+            NAMES.get(name, name), seeds, spread(found["offline_return"]), cost_spread(found["offline_cost"]), spread(found["return"]),
+            f"**{cost_spread(found['cost'])}**" if found["cost"].mean() <= run.cost_limit else cost_spread(found["cost"]),
+            ratio(int(within.sum()), within.size), percent(found["share_above"]), cost_spread(found["worst_tenth"]),
+            cost_spread(found["train_cost"]), cost_spread(found["early_cost"]), cost_spread(found["regret"]),
             f"{soon} of {number(episodes.max())}" if episodes.size else "-", spread(found["auc"]), spread(found["return"] / best),
             f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((ALGOS.get(name, (name,))[0], env), 0)}",
         ])  # fmt: skip
@@ -756,7 +763,8 @@ def report(folder: Path) -> str:
         f"Settings are chosen on seeds 0 to {csvs.CHOSEN_ON[-1]} (`results/tune.py`; each try is a line of `tried.csv`) and reported on",
         f"seeds from {csvs.UNSEEN} on. The two never share a table. The last column names the commit that a row was run with, which froze",
         "its settings, and the number of settings that were tried for this script on this task.", "",
-        "Intervals are 95% studentised bootstraps over seeds (`results/measures.py`), of shares of seeds Wilson's. Per seed:", "",
+        "Intervals are 95% studentised bootstraps over seeds (`results/measures.py`), of shares of seeds Wilson's. Those of costs are cut",
+        "off at 0. Per seed:", "",
         *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
         "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
         "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, and losing every comparison", "",

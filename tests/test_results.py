@@ -616,6 +616,18 @@ def test_the_command_line_of_a_variant_names_it_again(name):
     logbook.check_numbers(args)  # and it runs
 
 
+def test_the_interval_of_a_mean_cost_has_nothing_below_zero():
+    costs = np.array([0.0, 0.0, 0.0, 0.0, 10.0])
+    low, high = measures.interval(costs)
+    assert low < 0 and report.spread(costs).startswith(f"2 [{low:.3g}, ") and report.cost_spread(costs) == f"2 [0, {high:.3g}]"
+    assert report.cost_spread(np.array([5.0])) == "5"  # one seed has no interval
+
+
+def test_a_task_that_has_the_papers_arms_alone_misses_nothing(tmp_path):
+    csvs.write(make_run("naive_o2o+release"), tmp_path)
+    assert "Missing: " not in report.report(tmp_path)
+
+
 def test_the_papers_own_configuration_is_a_table_of_its_own(tmp_path):
     """By task and offline budget; its arms stand in no other comparison."""
     csvs.write(make_run("naive_o2o+release", cost=30.0, noise=0.0), tmp_path)
