@@ -46,7 +46,7 @@ HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's
 COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
 COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
 RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
-CLAIMS = [  # (claim, what is said to be better, than what)
+CLAIMS = [  # (claim, what is said to be better, than what[, by which number if not by "final"])
     ("Pre-alignment helps finetuning", "marvel", "marvel+novpa"),
     ("Its entropy terms do: plain fitted Q is not enough", "marvel", "marvel+fqe"),
     ("The pretrained critics do: fresh ones are not enough", "marvel", "marvel+fresh"),
@@ -55,7 +55,13 @@ CLAIMS = [  # (claim, what is said to be better, than what)
     ("... than dual ascent", "marvel", "marvel+dual"),
     ("Finetuning improves on the offline policy", "marvel", "cpq"),
     ("Marvel is better than naive finetuning", "marvel", "naive_o2o"),
-    ("... than JSRL", "marvel", "jsrl"),
+    ("... with the same controller", "marvel", "naive_o2o+apid"),
+    ("... and neither has anchor, warm-up or reserve", "marvel+bare", "naive_o2o+apid+bare"),
+    ("... in the paper's own configuration", "marvel+release", "naive_o2o+release"),
+    ("... as released, without entropy terms", "marvel+release+fqe", "naive_o2o+release"),
+    ("Anchor, warm-up and reserve make Marvel's training safer", "marvel", "marvel+bare", "regret"),
+    ("... and that of naive finetuning", "naive_o2o+apid", "naive_o2o+apid+bare", "regret"),
+    ("Marvel is better than JSRL", "marvel", "jsrl"),
     ("... than PEX", "marvel", "pex"),
     ("... than SO2", "marvel", "so2"),
     ("... than WSRL", "marvel", "wsrl"),
@@ -215,24 +221,22 @@ def claims(tasks: dict[str, Task]) -> list[str]:
                 claim,
                 "correlation after - before",
                 count,
-                estimate(found),
+                f"**{estimate(found)}**",
                 "-",
                 "-",
                 verdict(*found[1:], 0, float(np.mean([c.size for c in changes]))),
             ]
         )
-    for claim, name, other in CLAIMS:
-        result = compared(tasks, name, other)
+    for claim, name, other, *judge in CLAIMS:
+        result, key = compared(tasks, name, other), judge[0] if judge else "final"
         against = f"P(better than {NAMES[other]})"
-        if not result:
+        if not result or not result[key]:
             rows.append([claim, against, "-", "-", "-", "-", "no data"])
             continue
-        _, low, high = result["final"]
-        judged = verdict(low, high, 0.5, result["seeds"] / result["tasks"])
-        rows.append([
-            claim, against, f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †"), estimate(result["final"]),
-            estimate(result["return"]), estimate(result["regret"]) if result["regret"] else "-", judged,
-        ])  # fmt: skip
+        cells = {k: estimate(result[k]) if result[k] else "-" for k in ("final", "return", "regret")}
+        judged = verdict(*result[key][1:], 0.5, result["seeds"] / result["tasks"])
+        count = f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †")
+        rows.append([claim, against, count, *(f"**{text}**" if k == key else text for k, text in cells.items()), judged])
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
     if own:
         safe = [env for env, (m, run) in own.items() if m["cost"].size and m["cost"].mean() <= run.cost_limit]
@@ -243,8 +247,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
     return [
         "## What the numbers say about the paper's claims",
         "",
-        "Each line compares the runs below. A claim is *supported* if the 95% interval of **final** lies above "
-        "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. **final**: a seed beats another if it ends "
+        "Each line compares the runs below. A claim is *supported* if the 95% interval of the bold number lies above "
+        "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
         "control proves nothing, so the controls are lines of their own. † the environment steps of the two differ.",
         "",

@@ -438,7 +438,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     rows = [r for r in diverged.rows if r["phase"] == "offline"] + [row(s, "online", "diverged", 777, 5000, algo="jsrl") for s in (0, 1)]
     for run in (
         make_run("marvel"), make_run("marvel+fqe", final=400.0), make_run("marvel+pid", final=900.0), make_run("marvel+pid10"),
-        make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
+        make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), make_run("marvel+bare", final=800.0, train_cost=60.0), csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
         make_run("cpq", cost_limit=40.0, env="bullet/SafetyBallRun"),
     ):  # fmt: skip
         csvs.write(run, tmp_path)
@@ -447,9 +447,11 @@ def test_report_says_what_the_numbers_say(tmp_path):
     assert claim("P(better than Marvel, plain fitted Q)").endswith("| supported |")
     assert claim("P(better than Marvel, fixed PID)").endswith("| contradicted |")
     assert claim("P(better than SAC-Lag from scratch)").endswith("| supported |")  # unsafe loses, whatever its return
-    assert "| 0.00 [0.00, 0.00] |" in claim("P(better than SAC-Lag from scratch)")
+    assert claim("P(better than SAC-Lag from scratch)").split(" | ")[3:5] == ["**1.00 [1.00, 1.00]**", "0.00 [0.00, 0.00]"]
+    bare = claim("make Marvel's training safer")  # judged by the violation regret, not by the end
+    assert bare.split(" | ")[3:] == ["0.00 [0.00, 0.00]", "0.00 [0.00, 0.00]", "**1.00 [1.00, 1.00]**", "supported |"]
     assert claim("P(better than PEX)").endswith("| no data |")
-    assert claim("makes Qc rank actions").split(" | ")[3] == "0.50 [0.50, 0.50]"
+    assert claim("makes Qc rank actions").split(" | ")[3] == "**0.50 [0.50, 0.50]**"
     assert claim("Marvel ends safe").endswith("| supported |")
     line = claim("| JSRL | 0 + 2 diverged")
     assert "diverged (online, step 777)" in line
