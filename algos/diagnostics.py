@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from algos.networks import Networks
 from algos.seeds import vmap_seeds
 from algos.training import Run, evaluated_policy
+from envs.core import Env
 from envs.rollout import Points, monte_carlo_points
 
 
@@ -39,6 +40,9 @@ def rank_diagnostic(run: Run, networks: Networks) -> Callable:
     points: list[Points] = []
     policy = lambda actor: evaluated_policy(networks.actor, actor, "sample")
     uniform = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
+    # Simulators of another package are one per row, and a batch of points is the largest: one batch after another shares them.
+    native = isinstance(env, Env)
+    several = jax.vmap if native else lambda function: partial(jax.lax.map, function)
     options = (env, args.rank_points, args.gamma, args.reward_scale, args.termination_cost)
 
     def of_both(actor, key) -> tuple[Points, Points]:
@@ -48,11 +52,11 @@ def rank_diagnostic(run: Run, networks: Networks) -> Callable:
             explore = lambda obs, key: jnp.where(random, uniform(obs, key), policy(actor)(obs, key))
             return monte_carlo_points(explore, policy(actor), key, *options)
 
-        points = jax.vmap(measure)(jnp.array([False, True]))
+        points = several(measure)(jnp.array([False, True]))
         own, random = (jax.tree.map(lambda x, i=i: x[i], points) for i in (0, 1))
         return own, random
 
-    measure = vmap_seeds(of_both)
+    measure = vmap_seeds(of_both) if native else jax.jit(lambda *seeds: jax.lax.map(lambda seed: of_both(*seed), seeds))
     correlations = vmap_seeds(partial(rank_correlations, networks=networks))
 
     def log(phase: str, actor, critics, gradient_steps: int) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import envs
+from algos import diagnostics, marvel, training
 from data import dsrl
 from envs import parity
 from envs.reference import compat
@@ -231,6 +233,40 @@ def test_results_do_not_depend_on_workers_order_or_company(workers):
             np.testing.assert_array_equal(a[i : i + 1], b)
     assert sum(pool._made) <= 6 + workers  # rows of the batch sizes 5 and 1, rounded up per process
     pool.close()
+
+
+def test_large_batches_share_their_simulators(monkeypatch):
+    """Beyond KEPT no batch has simulators of its own; what comes out stays the same."""
+    past = np.random.default_rng(4).uniform(-1, 1, (8, 3, 6)).astype(np.float32)
+    out, made = [], []
+    for kept in (128, 2):
+        monkeypatch.setattr("envs.reference.pool.KEPT", kept)
+        pool = Pool("safety-gymnasium", "SafetyHalfCheetahVelocity-v1", workers=2)
+        whole = step_arguments(pool, 8, past)
+        out.append([pool.step(*(a[rows] for a in whole)) for rows in (slice(8), slice(3), slice(2, 8), slice(5))])
+        made.append(sum(pool._made))
+        pool.close()
+    same(*out)
+    assert made[1] <= 8 + 2 < made[0]
+
+
+def test_the_rank_diagnostic_takes_simulators_for_one_batch_of_points(monkeypatch):
+    """Not for all seeds and for both kinds of points at once, and its numbers are those of all at once."""
+    env = envs.make(CHEETAH, backend="safety-gymnasium")
+    env.horizon = 4
+    networks = training.make_networks(SimpleNamespace(**vars(marvel.Args(env=CHEETAH, odometer=False, hidden=(8,)))), env)
+    params = jax.vmap(lambda key: training.init_params(key, networks, env.obs_size))(jax.random.split(jax.random.key(0), 3))
+    rows = []
+    log = SimpleNamespace(log=lambda phase, event, **row: rows.append(row))
+    args = SimpleNamespace(rank_points=6, gamma=0.99, reward_scale=0.1, termination_cost=0.0)
+    run = SimpleNamespace(args=args, env=env, log=log, keys=lambda name: jax.random.split(jax.random.key(1), 3))
+    diagnostics.rank_diagnostic(run, networks)("offline", params["actor"], params["critics"], 0)
+    assert sum(env._pool._made) <= 6 + len(env._pool._processes)
+    monkeypatch.setattr(diagnostics, "Env", object)  # as if it were a native one
+    diagnostics.rank_diagnostic(run, networks)("offline", params["actor"], params["critics"], 0)
+    assert sum(env._pool._made) > 30 and np.isfinite(rows[0]["rank_q_policy"]).all()
+    for name in ("rank_q_policy", "rank_q_random", "rank_qc_policy", "rank_qc_random"):
+        np.testing.assert_allclose(rows[0][name], rows[1][name], atol=1e-6)
 
 
 def test_evaluation_does_not_evict_training():

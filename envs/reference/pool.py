@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+KEPT = 128  # simulators, beyond those of the largest batch; one of Bullet takes 30 to 40 MB
 WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -149,14 +150,16 @@ class Pool:
     def _take(self, process: int) -> tuple[int, int]:
         """A simulator of this process whose state may be lost: an idle one, a new one, or the one used longest ago.
 
-        There are as many as rows in all the batch sizes seen, so that evaluation and training, say, do not evict each other.
+        There are as many as rows in all the batch sizes seen, so that evaluation and training, say, do not evict each other. Where
+        these are more than KEPT, batches share them, and a batch that comes back replays its episodes once.
         """
         for simulator in self._idle:
             if simulator[0] == process:
                 self._idle.remove(simulator)
                 return simulator
         oldest = next((history for history, simulator in self._at.items() if simulator[0] == process), None)
-        if oldest is None or self._made[process] * len(self._processes) < sum(self._batches):
+        wanted = max(*self._batches, min(sum(self._batches), KEPT))
+        if oldest is None or self._made[process] * len(self._processes) < wanted:
             self._made[process] += 1
             return process, self._made[process] - 1
         return self._at.pop(oldest)
