@@ -234,7 +234,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
             rows.append([claim, against, "-", "-", "-", "-", "no data"])
             continue
         cells = {k: estimate(result[k]) if result[k] else "-" for k in ("final", "return", "regret")}
-        judged = verdict(*result[key][1:], 0.5, result["seeds"] / result["tasks"])
+        _, low, high = result[key]
+        judged = verdict(low, high, 0.5, result["seeds"] / result["tasks"])
         count = f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †")
         rows.append([claim, against, count, *(f"**{text}**" if k == key else text for k, text in cells.items()), judged])
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
