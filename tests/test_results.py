@@ -438,7 +438,8 @@ def test_report_says_what_the_numbers_say(tmp_path):
     rows = [r for r in diverged.rows if r["phase"] == "offline"] + [row(s, "online", "diverged", 777, 5000, algo="jsrl") for s in (0, 1)]
     for run in (
         make_run("marvel"), make_run("marvel+fqe", final=400.0), make_run("marvel+pid", final=900.0), make_run("marvel+pid10"),
-        make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), make_run("marvel+bare", final=800.0, train_cost=60.0), csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
+        make_run("sac_lag", final=1000.0, cost=80.0, train_cost=80.0), make_run("marvel+bare", final=800.0, train_cost=60.0),
+        csvs.Run(Path("jsrl.csv"), "jsrl", rows, diverged.about),
         make_run("cpq", cost_limit=40.0, env="bullet/SafetyBallRun"),
     ):  # fmt: skip
         csvs.write(run, tmp_path)
