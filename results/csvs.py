@@ -36,7 +36,6 @@ ALGOS = {
     "so2": ("so2", "", "cpq"),
     "wsrl": ("wsrl", "", "cpq"),
     "cal": ("cal", "", None),  # four cost critics: offline checkpoints of its own
-    "marvel+novpa": ("marvel", "--vpa-steps 0", "cpq"),
     "marvel+fqe": ("marvel", "--vpa-alpha-reward 0 --vpa-alpha-cost 0", "cpq"),
     "marvel+fresh": ("marvel", "--critics fresh", "cpq"),
     "marvel+dual": ("marvel", "--lagrangian dual", "cpq"),
@@ -45,7 +44,7 @@ ALGOS = {
     "marvel+mixed": ("marvel", "--replay mixed", "cpq"),
     "marvel+bear_lag": ("marvel", "--offline bear_lag", "bear_lag"),
     "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
-    "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),
+    "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),  # marvel --vpa-steps 0 is the same
 }
 COMPARED = tuple(ALGOS)  # what a bare sweep runs and the comparisons show; what follows has tables of its own
 # The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of the published one. 500 episodes:

@@ -23,7 +23,7 @@ NAMES = {
     "bc_safe+best": "the clone of what CPQ clones (offline)",
     "sac_lag": "SAC-Lag from scratch", "naive_o2o": "naive finetuning", "jsrl": "JSRL", "pex": "PEX", "so2": "SO2",
     "wsrl": "WSRL", "cal": "CAL",
-    "marvel+novpa": "Marvel, no pre-alignment", "marvel+fqe": "Marvel, plain fitted Q", "marvel+fresh": "Marvel, fresh critics",
+    "marvel+fqe": "Marvel, plain fitted Q", "marvel+fresh": "Marvel, fresh critics",
     "marvel+dual": "Marvel, dual ascent", "marvel+pid": "Marvel, fixed PID", "marvel+pid10": "Marvel, fixed PID, gains x10",
     "marvel+mixed": "Marvel, mixed replay", "marvel+bear_lag": "Marvel from BEAR-Lag",
     "naive_o2o+bear_lag": "naive from BEAR-Lag", "naive_o2o+apid": "naive finetuning, adaptive PID",
@@ -42,12 +42,12 @@ OFFLINE = ("cpq", "bc_safe", "bc_safe+best", "bear_lag")
 PLAIN = [name for name in ALGOS if "+" not in name]
 CONTROLS = ["marvel", *(name for name in csvs.COMPARED if "+" in name and name not in OFFLINE)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
-HUES = "C0 C1 C2 C4 C5 C6 C8 C9 C7 tan teal plum".split()  # without the limit's red
+HUES = "C0 C1 C2 C4 C5 C6 C8 C9 navy tan teal plum".split()  # without the limit's red
 COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
 COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
 RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
 CLAIMS = [  # (claim, what is said to be better, than what[, by which number if not by "final"])
-    ("Pre-alignment helps finetuning", "marvel", "marvel+novpa"),
+    ("Pre-alignment helps finetuning: Marvel without it is naive finetuning with its controller", "marvel", "naive_o2o+apid"),
     ("Its entropy terms do: plain fitted Q is not enough", "marvel", "marvel+fqe"),
     ("The pretrained critics do: fresh ones are not enough", "marvel", "marvel+fresh"),
     ("Adaptive gains are better than fixed ones", "marvel", "marvel+pid"),
@@ -55,7 +55,6 @@ CLAIMS = [  # (claim, what is said to be better, than what[, by which number if 
     ("... than dual ascent", "marvel", "marvel+dual"),
     ("Finetuning improves on the offline policy", "marvel", "cpq"),
     ("Marvel is better than naive finetuning", "marvel", "naive_o2o"),
-    ("... with the same controller", "marvel", "naive_o2o+apid"),
     ("... and neither has anchor, warm-up or reserve", "marvel+bare", "naive_o2o+apid+bare"),
     ("... in the paper's own configuration", "marvel+release", "naive_o2o+release"),
     ("... as released, without entropy terms", "marvel+release+fqe", "naive_o2o+release"),
@@ -680,7 +679,7 @@ def draw_profiles(tasks: dict[str, Task], best_of: dict[str, float], path: Path)
 def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
     """Per task and rung: cost per training episode in the first fifth, means and intervals over seeds."""
     figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 2.8 * len(shown), 3.6), sharey=True, squeeze=False)
-    rungs = list(csvs.LADDER)
+    rungs = [rung for rung in csvs.LADDER if any((rung, base) in found for found in shown.values() for base in RUNGS)]
     for axis, (env, found) in zip(axes[0], shown.items()):
         for i, (base, title) in enumerate(RUNGS.items()):
             for rung in rungs:
@@ -695,7 +694,7 @@ def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
         axis.set_xlim(left=0)
         axis.set_title(env, fontsize=8)
         axis.set_xlabel("cost per training episode,\nfirst fifth", fontsize=8)
-    axes[0, 0].set_yticks(range(len(rungs)), [what for what, *_ in csvs.LADDER.values()], fontsize=8)
+    axes[0, 0].set_yticks(range(len(rungs)), [csvs.LADDER[rung][0] for rung in rungs], fontsize=8)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncol=2, fontsize=8, frameon=False)
     return save(figure, path, top=0.93)

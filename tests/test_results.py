@@ -979,5 +979,5 @@ def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 def test_a_bare_sweep_leaves_out_what_has_a_study_of_its_own():
     options = sweep.parse([])
-    assert options.first_seed == csvs.UNSEEN and {"cpq", "marvel+novpa"} <= set(options.algos)
+    assert options.first_seed == csvs.UNSEEN and {"cpq", "marvel+fqe"} <= set(options.algos)
     assert not any(rung in name.split("+") for name in options.algos for rung in (*csvs.RELEASE, *filter(None, csvs.LADDER)))
