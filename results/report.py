@@ -63,6 +63,7 @@ CLAIMS = [  # (claim, what is said to be better, than what[, by which number if 
     ("The warm-up alone makes Marvel's training safer", "marvel+warmup", "marvel+bare", "regret"),
     ("... and the anchor alone", "marvel+anchor", "marvel+bare", "regret"),
     ("... and the reserve alone", "marvel+reserve", "marvel+bare", "regret"),
+    ("All three together make it safer than the warm-up alone", "marvel", "marvel+warmup", "regret"),
     ("Marvel is better than JSRL", "marvel", "jsrl"),
     ("... than PEX", "marvel", "pex"),
     ("... than SO2", "marvel", "so2"),
