@@ -270,13 +270,15 @@ def on_common_seeds(task: Task, names: list[str]) -> Task:
 
 
 def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
-    """What figures over tasks may compare: the tasks that all algorithms have which ran, or else the task that the most have; of
-    the algorithms that have all of these, on each task the seeds that all of them have. {} if nothing is left."""
-    ran = {name for name in PLAIN for task in tasks.values() if name in task}
-    common = [env for env, task in tasks.items() if ran <= task.keys()] or [max(tasks, key=lambda env: len(tasks[env]))]
-    names = [name for name in csvs.COMPARED if all(name in tasks[env] for env in common)]
+    """What figures over tasks may compare: algorithms that ran on the same tasks, on each task the seeds that all of them have. Of the
+    sets of tasks that an algorithm ran on, the one with the most cells (tasks times the algorithms that have all of these), or else the
+    larger one. {} if nothing is left."""
+    ran = {name: frozenset(env for env, task in tasks.items() if name in task) for name in csvs.COMPARED}
+    having = {common: [name for name in ran if common <= ran[name]] for common in ran.values() if common}
+    common = max(having, key=lambda common: (len(common) * len(having[common]), len(common)), default=frozenset())
+    names = having.get(common, [])
     kept: dict[str, Task] = {}
-    for env in common if names else ():
+    for env in (env for env in tasks if env in common):
         found = on_common_seeds(tasks[env], names)
         if found and not math.isnan(best_safe_return(tasks[env])):
             kept[env] = found
@@ -443,6 +445,37 @@ def release(tasks: dict[str, Task]) -> list[str]:
     ]
 
 
+def other_limits(runs: list[Run]) -> list[str]:
+    """Does the controller follow the limit? The algorithms that ran at another limit too, by task, on the seeds that all limits have."""
+    by: dict[tuple[str, str], Task] = {}
+    for run in sorted(runs, key=lambda run: run.cost_limit):
+        if run.name not in OFFLINE:
+            by.setdefault((run.env, run.name), {})[f"{run.cost_limit:g}"] = run
+    rows, envs = [], list(dict.fromkeys(ENVS) | dict.fromkeys(sorted(run.env for run in runs)))
+    for env, name in sorted((key for key in by if len(by[key]) > 1), key=lambda key: (envs.index(key[0]), [*ALGOS, key[1]].index(key[1]))):
+        for limit, run in on_common_seeds(by[env, name], list(by[env, name])).items():
+            found = alive(run)
+            within = found["cost"] <= run.cost_limit
+            costs = [cost_spread(found[key]) for key in ("cost", "early_cost", "train_cost")]
+            share = ratio(int(within.sum()), within.size)
+            offline = cost_spread(found["offline_cost"])
+            rows.append([env, NAMES.get(name, name), limit, str(within.size), offline, share, spread(found["return"]), *costs])
+    if not rows:
+        return []
+    header = (
+        "task, algorithm, limit, seeds, offline cost, within the limit, return, cost, cost per training episode of the first fifth, of all"
+    )
+    return [
+        "## Other cost limits",
+        "",
+        "The offline phase has the limit too. So each limit has offline policies of its own.",
+        "",
+        *markdown(header.split(", "), rows),
+        "Data: the commands under each task, of this limit and the others; table: `make report`.",
+        "",
+    ]
+
+
 def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
     rows, best, tried = [], best_safe_return(task), csvs.tries(folder)
     for name in [*ALGOS, *sorted(task.keys() - ALGOS.keys())]:
@@ -479,7 +512,7 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         f"Cost limit {limit:g}; best safe return of the dataset {number(best)}. Bold: mean final cost within the limit.",
         "",
     ]
-    lines += markdown(header.split(", "), rows) + [*missing(task), f"{data}; table: `make report`.", ""]
+    lines += markdown(header.split(", "), rows) + (missing(task) if limit == csvs.LIMIT else []) + [f"{data}; table: `make report`.", ""]
     place, controls = folder / env, [name for name in CONTROLS[1:] if name in task]
     for kind, title, drawn in (
         (
@@ -803,8 +836,10 @@ def report(folder: Path) -> str:
         absent = [env for env in ENVS if env not in present]
         if absent:
             lines += [f"Of the core suite, there are no results of {', '.join(absent)} at limit {limit:g}.", ""]
-        lines += claims(tasks) + over_tasks(tasks, folder, suffix) + release(tasks) + ladder(tasks, folder, suffix)
-        lines += alignment(tasks, folder, suffix)
+        if limit == csvs.LIMIT or not absent:  # else there is little to say over tasks
+            lines += claims(tasks) + over_tasks(tasks, folder, suffix) + release(tasks) + ladder(tasks, folder, suffix)
+            lines += other_limits([run for run in runs.values() if run.unseen == unseen]) if limit == csvs.LIMIT else []
+            lines += alignment(tasks, folder, suffix)
         for env, task in tasks.items():
             lines += section(env, task, folder, suffix)
         scores |= write_scores(tasks, folder, suffix)

@@ -489,6 +489,27 @@ def test_figures_over_tasks_compare_the_same_tasks_and_seeds(tmp_path, monkeypat
     assert seeds[0] == seeds[1] == {ENV: {name: [0, 1, 2, 3, 4] for name in report.PLAIN}}
 
 
+def test_an_algorithm_that_ran_on_one_task_does_not_shrink_the_figures():
+    """Four algorithms on two tasks are eight cells, five on one task are five."""
+    tasks = {env: {name: make_run(name, env=env) for name in ("cpq", "marvel", "naive_o2o", "pex")} for env in (ENV, "SafetyCarRun")}
+    tasks[ENV]["sac_lag"] = make_run("sac_lag")
+    assert {env: set(task) for env, task in report.comparable(tasks).items()} == {env: set(tasks["SafetyCarRun"]) for env in tasks}
+    for name in ("cpq", "naive_o2o", "pex"):
+        del tasks["SafetyCarRun"][name]
+    assert {env: set(task) for env, task in report.comparable(tasks).items()} == {ENV: set(tasks[ENV])}
+
+
+def test_other_limits_compare_the_seeds_that_all_limits_have(tmp_path):
+    for run in (make_run("marvel", seeds=3), make_run("marvel", cost_limit=10.0, seeds=2, cost=15.0), make_run("pex", cost_limit=40.0)):
+        csvs.write(run, tmp_path)
+    text = report.report(tmp_path)
+    table = text.partition("## Other cost limits")[2].partition("Data:")[0].splitlines()
+    rows = [line.split(" | ") for line in table if line.startswith(f"| {ENV}")]
+    assert [row[1:4] for row in rows] == [["Marvel", "10", "2"], ["Marvel", "20", "2"]]  # PEX has one limit only
+    assert rows[0][5].startswith("0 of 2") and rows[1][5].startswith("2 of 2")
+    assert text.count("## What the numbers say") == 1  # a limit without all tasks has tables per task only
+
+
 def test_an_algorithm_that_has_not_run_does_not_shrink_the_figures(tmp_path, monkeypatch):
     for env in (ENV, "SafetyCarRun"):
         for name in ("marvel", "cpq"):
