@@ -163,9 +163,14 @@ def budget(run: Run) -> int:
 def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
     """Probabilities of improvement of a over b on the tasks that have both; {} if there are none.
 
+    Of each task the seeds that both have, for they start from the same offline checkpoints; all seeds if they have none in common.
     A diverged seed counts as worse than any other: it stands at the bottom of the constrained order.
     """
-    both = {env: (task[a], task[b]) for env, task in tasks.items() if a in task and b in task}
+    both = {}
+    for env, task in tasks.items():
+        if a in task and b in task:
+            alike = on_common_seeds(task, [a, b]) or task
+            both[env] = (alike[a], alike[b])
     if not both:
         return {}
     final, returns, regrets, equal = [], [], [], True
@@ -254,7 +259,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         "Each line compares the runs below. A claim is *supported* if the 95% interval of the bold number lies above "
         "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
-        "control proves nothing, so the controls are lines of their own. † the environment steps of the two differ.",
+        "control proves nothing, so the controls are lines of their own. Two algorithms are compared on the seeds that both have. "
+        "† the environment steps of the two differ.",
         "",
         *markdown(["claim", "number", "tasks (seeds)", "final", "return", "violation regret", "verdict"], rows),
         "Data: the commands under each task below; table: `make report`.",

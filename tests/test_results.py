@@ -489,6 +489,16 @@ def test_figures_over_tasks_compare_the_same_tasks_and_seeds(tmp_path, monkeypat
     assert seeds[0] == seeds[1] == {ENV: {name: [0, 1, 2, 3, 4] for name in report.PLAIN}}
 
 
+def test_two_algorithms_are_compared_on_the_seeds_that_both_have():
+    """The seeds of a task share their offline checkpoints, so that a seed of one algorithm alone would tilt the comparison."""
+    marvel, pex = make_run("marvel", seeds=4), make_run("pex", seeds=2, final=900.0)
+    later = [r | {"return": r["return"] + 1000.0} for r in marvel.rows if r["seed"] > 1]
+    better = replace(marvel, rows=[r for r in marvel.rows if r["seed"] <= 1] + later)
+    for run, chance in ((better, 0.0), (replace(marvel, rows=later), 1.0)):  # the second has no seed in common with PEX
+        found = report.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
+        assert found["seeds"] == 2 and found["return"][0] == chance
+
+
 def test_an_algorithm_that_ran_on_one_task_does_not_shrink_the_figures():
     """Four algorithms on two tasks are eight cells, five on one task are five."""
     tasks = {env: {name: make_run(name, env=env) for name in ("cpq", "marvel", "naive_o2o", "pex")} for env in (ENV, "SafetyCarRun")}
