@@ -163,14 +163,15 @@ def budget(run: Run) -> int:
 def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
     """Probabilities of improvement of a over b on the tasks that have both; {} if there are none.
 
-    Of each task the seeds that both have, for they start from the same offline checkpoints; all seeds if they have none in common.
-    A diverged seed counts as worse than any other: it stands at the bottom of the constrained order.
+    Of each task the seeds that both have; all seeds if they have none in common. A diverged seed counts as worse than any other: it
+    stands at the bottom of the constrained order.
     """
-    both = {}
+    both, paired = {}, True
     for env, task in tasks.items():
         if a in task and b in task:
             alike = on_common_seeds(task, [a, b]) or task
             both[env] = (alike[a], alike[b])
+            paired &= same_start(alike[a], alike[b])
     if not both:
         return {}
     final, returns, regrets, equal = [], [], [], True
@@ -194,7 +195,15 @@ def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
         "return": measures.improvement(returns),
         "regret": measures.improvement(regrets) if regrets else None,
         "equal": equal,
+        "paired": paired,
     }
+
+
+def same_start(x: Run, y: Run) -> bool:
+    """Whether no seed tells that the two, which take up offline checkpoints of the same kind, took up different ones."""
+    kinds = {ALGOS[run.name][2] if run.name in ALGOS else None for run in (x, y)}
+    found = [dict(zip(run.seeds, measures.per_seed(run)["offline_return"])) for run in (x, y)]
+    return None in kinds or len(kinds) > 1 or all(found[0][seed] == found[1][seed] for seed in found[0].keys() & found[1].keys())
 
 
 def verdict(low: float, high: float, null: float, seeds_per_task: float) -> str:
@@ -244,7 +253,7 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         cells = {k: estimate(result[k]) if result[k] else "-" for k in ("final", "return", "regret")}
         _, low, high = result[key]
         judged = verdict(low, high, 0.5, result["seeds"] / result["tasks"])
-        count = f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †")
+        count = f"{result['tasks']} ({result['seeds']})" + ("" if result["equal"] else " †") + ("" if result["paired"] else " ‡")
         rows.append([claim, against, count, *(f"**{text}**" if k == key else text for k, text in cells.items()), judged])
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
     if own:
@@ -260,7 +269,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
         "control proves nothing, so the controls are lines of their own. Two algorithms are compared on the seeds that both have. "
-        "† the environment steps of the two differ.",
+        "† the environment steps of the two differ. ‡ on a task, they start from offline checkpoints of the same seeds, but of two runs "
+        "of phase 1 (see `algos/README.md`, Reading a run).",
         "",
         *markdown(["claim", "number", "tasks (seeds)", "final", "return", "violation regret", "verdict"], rows),
         "Data: the commands under each task below; table: `make report`.",
@@ -392,11 +402,14 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             found = alive(runs[name])
             within = found["cost"] <= runs[name].cost_limit
             rows.append([
-                csvs.LADDER[rung][0], RUNGS[base], str(within.size), ratio(int(within.sum()), within.size), spread(found["return"]),
+                csvs.LADDER[rung][0], RUNGS[base], str(within.size),
+                " / ".join(number(measures.finite(found[f"offline_{key}"]).mean()) for key in ("return", "cost")),
+                ratio(int(within.sum()), within.size), spread(found["return"]),
                 cost_spread(found["cost"]), cost_spread(found["early_cost"]), cost_spread(found["train_cost"]),
             ])  # fmt: skip
             shown.setdefault(env, {})[rung, base] = found
-        header = "rung, algorithm, seeds, within the limit, return, cost, cost per training episode of the first fifth, of all"
+        header = "rung, algorithm, seeds, offline return / cost, within the limit, return, cost, "
+        header += "cost per training episode of the first fifth, of all"
         lines += [f"**{env}**", "", *markdown(header.split(", "), rows)]
     if not lines:
         return []
@@ -407,7 +420,8 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "## What carries the results",
         "",
         "Rungs: what the suite adds to the paper's online phase, each alone and together, and four changes of what it starts from or sees. "
-        "The rungs of a task are compared on the seeds that all of them have.",
+        "The rungs of a task are compared on the seeds that all of them have. Where the offline return differs, they start from offline "
+        "checkpoints of two runs of phase 1.",
         "",
         *lines,
         *([figure, ""] if shown else []),

@@ -497,6 +497,9 @@ def test_two_algorithms_are_compared_on_the_seeds_that_both_have():
     for run, chance in ((better, 0.0), (replace(marvel, rows=later), 1.0)):  # the second has no seed in common with PEX
         found = report.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
         assert found["seeds"] == 2 and found["return"][0] == chance
+    assert found["paired"]
+    later = [r | {"return": 400.0} if r["phase"] == "offline" and r["event"] == "eval" else r for r in marvel.rows]
+    assert not report.compared({ENV: {"marvel": replace(marvel, rows=later), "pex": pex}}, "marvel", "pex")["paired"]
 
 
 def test_an_algorithm_that_ran_on_one_task_does_not_shrink_the_figures():
