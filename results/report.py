@@ -48,8 +48,10 @@ COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
 RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
 CLAIMS = [  # (claim, what is said to be better, than what[, by which number if not by "final"])
     ("Pre-alignment helps finetuning: Marvel without it is naive finetuning with its controller", "marvel", "naive_o2o+apid"),
-    ("Its entropy terms do: plain fitted Q is not enough", "marvel", "marvel+fqe"),
-    ("The pretrained critics do: fresh ones are not enough", "marvel", "marvel+fresh"),
+    ("... from a clone, which has no critics", "marvel+bc", "naive_o2o+apid+bc"),
+    ("... from CPQ without cloning", "marvel+nocloning", "naive_o2o+apid+nocloning"),
+    ("Its entropy terms help: plain fitted Q is not enough", "marvel", "marvel+fqe"),
+    ("The pretrained critics help: fresh ones are not enough", "marvel", "marvel+fresh"),
     ("Adaptive gains are better than fixed ones", "marvel", "marvel+pid"),
     ("... and not merely larger: than fixed gains ten times as high", "marvel", "marvel+pid10"),
     ("... than dual ascent", "marvel", "marvel+dual"),
