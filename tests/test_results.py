@@ -490,16 +490,15 @@ def test_figures_over_tasks_compare_the_same_tasks_and_seeds(tmp_path, monkeypat
 
 
 def test_two_algorithms_are_compared_on_the_seeds_that_both_have():
-    """The seeds of a task share their offline checkpoints, so that a seed of one algorithm alone would tilt the comparison."""
+    """A seed of one algorithm alone would tilt the comparison; other offline evaluations tell of other checkpoints."""
     marvel, pex = make_run("marvel", seeds=4), make_run("pex", seeds=2, final=900.0)
     later = [r | {"return": r["return"] + 1000.0} for r in marvel.rows if r["seed"] > 1]
+    compared = lambda run: report.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
     better = replace(marvel, rows=[r for r in marvel.rows if r["seed"] <= 1] + later)
     for run, chance in ((better, 0.0), (replace(marvel, rows=later), 1.0)):  # the second has no seed in common with PEX
-        found = report.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
-        assert found["seeds"] == 2 and found["return"][0] == chance
-    assert found["paired"]
-    later = [r | {"return": 400.0} if r["phase"] == "offline" and r["event"] == "eval" else r for r in marvel.rows]
-    assert not report.compared({ENV: {"marvel": replace(marvel, rows=later), "pex": pex}}, "marvel", "pex")["paired"]
+        assert compared(run)["seeds"] == 2 and compared(run)["return"][0] == chance
+    other = [r | {"return": 400.0} if r["phase"] == "offline" and r["event"] == "eval" else r for r in marvel.rows]
+    assert compared(marvel)["paired"] and not compared(replace(marvel, rows=other))["paired"]
 
 
 def test_an_algorithm_that_ran_on_one_task_does_not_shrink_the_figures():
