@@ -618,8 +618,8 @@ def test_the_ladder_shows_the_rungs_that_were_run(tmp_path):
     table = report.report(tmp_path).split("## What carries the results")[1].split("\n## ")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[1] for row in rows] == ["Marvel", "Marvel", "naive finetuning, adaptive PID"]
-    assert rows[0][0].startswith("| bare") and rows[0][4] == "600 [600, 600]" and rows[0][6][:2] == rows[0][7][:2] == "40"
-    assert rows[2][3] == "0 of 5 [0.00, 0.43]" and (tmp_path / "ladder.png").exists()
+    assert rows[0][0].startswith("| bare") and rows[0][5] == "600 [600, 600]" and rows[0][7][:2] == rows[0][8][:2] == "40"
+    assert rows[2][4] == "0 of 5 [0.00, 0.43]" and (tmp_path / "ladder.png").exists()
 
 
 def test_rungs_are_compared_on_the_seeds_that_all_have(tmp_path):
