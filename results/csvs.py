@@ -16,69 +16,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from results.arms import ALGOS
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = "SafetyPointRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyAntRun".split()  # the core suite
 LIMIT = 20.0  # of the files without @LIMIT in their names
 CHOSEN_ON = range(10)  # seeds that settings are chosen on (results/tune.py)
 UNSEEN = 100  # results are reported on seeds from here on
-
-# name: (script in algos/, its arguments, whose offline checkpoints it makes or starts from). A control is an argument.
-ALGOS = {
-    "cpq": ("cpq", "", "cpq"),
-    "bc_safe": ("bc_safe", "", None),
-    "bc_safe+best": ("bc_safe", "--data best", None),
-    "bear_lag": ("bear_lag", "", "bear_lag"),
-    "marvel": ("marvel", "", "cpq"),
-    "sac_lag": ("sac_lag", "", None),
-    "naive_o2o": ("naive_o2o", "", "cpq"),
-    "jsrl": ("jsrl", "", "cpq"),
-    "pex": ("pex", "", "cpq"),
-    "so2": ("so2", "", "cpq"),
-    "wsrl": ("wsrl", "", "cpq"),
-    "cal": ("cal", "", None),  # four cost critics: offline checkpoints of its own
-    "marvel+fqe": ("marvel", "--vpa-alpha-reward 0 --vpa-alpha-cost 0", "cpq"),
-    "marvel+fresh": ("marvel", "--critics fresh", "cpq"),
-    "marvel+dual": ("marvel", "--lagrangian dual", "cpq"),
-    "marvel+pid": ("marvel", "--lagrangian pid", "cpq"),
-    "marvel+pid10": ("marvel", "--lagrangian pid10", "cpq"),
-    "marvel+mixed": ("marvel", "--replay mixed", "cpq"),
-    "marvel+bear_lag": ("marvel", "--offline bear_lag", "bear_lag"),
-    "naive_o2o+bear_lag": ("naive_o2o", "--offline bear_lag", "bear_lag"),
-    "naive_o2o+apid": ("naive_o2o", "--lagrangian apid", "cpq"),  # marvel --vpa-steps 0 is the same
-}
-COMPARED = tuple(ALGOS)  # what a bare sweep runs and the comparisons show; what follows has tables of its own
-# The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of the published one. 500 episodes:
-# the release has more on HalfCheetah only (5,000).
-RELEASE = {"release": "--offline-steps 10000 --offline-batch-size 256", "published": "--offline-steps 100000 --offline-batch-size 512"}
-ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
-BOUNDED = "--multiplier-updates 1 --gain-rule paper --max-multiplier 2"  # the suite's multiplier on the release's gains: a control
-for _name, _budget in RELEASE.items():
-    for _script, _more, _arguments in (
-        ("naive_o2o", "", ""),
-        ("marvel", "", ENTROPY),
-        ("marvel", "+fqe", ""),
-        ("naive_o2o", "+bounded", BOUNDED),
-        ("marvel", "+bounded", f"{BOUNDED} {ENTROPY}"),
-    ):
-        _arguments = f"--preset release --iterations 100 {_budget} {_arguments}".strip()
-        ALGOS[f"{_script}+{_name}{_more}"] = (_script, _arguments, f"cpq+{_name}")
-COLD = "--actor-warmup 0 --init-multiplier 0"  # no warm-up of the actor nor of lambda
-# What carries the results: what the suite adds to the paper, taken away or alone, for Marvel and for naive finetuning with its controller.
-LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
-    "bare": ("bare: no anchor, warm-up, reserve", f"--anchor-weight 0 --reserve 0 {COLD}", "cpq"),
-    "warmup": ("bare + warm-up", "--anchor-weight 0 --reserve 0", "cpq"),
-    "anchor": ("bare + anchor", f"--reserve 0 {COLD}", "cpq"),
-    "reserve": ("bare + reserve", f"--anchor-weight 0 {COLD}", "cpq"),
-    "": ("the suite: all three", "", "cpq"),
-    "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", None),
-    "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", None),
-    "lost": ("the suite, without the odometer", "--no-odometer", None),
-    "blind": ("the suite, critics that do not see x", "--no-privileged-critic", None),
-}
-for _rung, (_, _arguments, _offline) in LADDER.items():
-    if _rung:
-        ALGOS[f"marvel+{_rung}"] = ("marvel", _arguments, _offline)
-        ALGOS[f"naive_o2o+apid+{_rung}"] = ("naive_o2o", f"--lagrangian apid {_arguments}", _offline)
 
 COLUMNS = (  # those of algos/logbook.py; a test compares
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
@@ -304,11 +248,11 @@ def variant(script: str, config: dict) -> str:
 
     preset = config.get("preset", "suite")
     best, most = script + (f"+{preset}+other" if preset != "suite" else "") + ("+init" if config.get("init") else ""), 0
-    for name, (its_script, arguments, _) in ALGOS.items():
-        wanted = words(arguments)
+    for name, arm in ALGOS.items():
+        wanted = words(arm.arguments)
         if wanted.get("--preset", "suite") != preset or config.get("init"):
             continue
-        if its_script == script and len(wanted) > most and all(holds(*item) for item in wanted.items()):
+        if arm.script == script and len(wanted) > most and all(holds(*item) for item in wanted.items()):
             best, most = name, len(wanted)
     return best
 

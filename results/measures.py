@@ -40,6 +40,8 @@ MEANING = {
     "episodes_to_stay": f"online training episodes after which every {WINDOW} have a mean cost of at most the limit; a median",
     "training_episodes": "online training episodes",
 }
+# Columns of the rank diagnostic: which critic, on the states of whose rollouts.
+RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
 
 
 @functools.lru_cache(1024)

@@ -3,91 +3,24 @@
 import math
 import os
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import csvs, measures
-from results.csvs import ALGOS, ENVS, ROOT, Run
-
-NAMES = {
-    "cpq": "CPQ (offline)", "bc_safe": "BC-Safe (offline)", "bear_lag": "BEAR-Lag (offline)", "marvel": "Marvel",
-    "bc_safe+best": "the clone of what CPQ clones (offline)",
-    "sac_lag": "SAC-Lag from scratch", "naive_o2o": "naive finetuning", "jsrl": "JSRL", "pex": "PEX", "so2": "SO2",
-    "wsrl": "WSRL", "cal": "CAL",
-    "marvel+fqe": "Marvel, plain fitted Q", "marvel+fresh": "Marvel, fresh critics",
-    "marvel+dual": "Marvel, dual ascent", "marvel+pid": "Marvel, fixed PID", "marvel+pid10": "Marvel, fixed PID, gains x10",
-    "marvel+mixed": "Marvel, mixed replay", "marvel+bear_lag": "Marvel from BEAR-Lag",
-    "naive_o2o+bear_lag": "naive from BEAR-Lag", "naive_o2o+apid": "naive finetuning, adaptive PID",
-}  # fmt: skip
-RUNGS = {"marvel": "Marvel", "naive_o2o+apid": "naive finetuning, adaptive PID"}  # of which csvs.LADDER has variants
-for base, title in RUNGS.items():
-    NAMES |= {f"{base}+{rung}": f"{title}; {what}" for rung, (what, *_) in csvs.LADDER.items() if rung}
-ARMS = {
-    "naive_o2o+{}": "naive finetuning, adaptive PID", "marvel+{}": "Marvel", "marvel+{}+fqe": "Marvel without entropy terms",
-    "naive_o2o+{}+bounded": "naive finetuning, bounded multiplier", "marvel+{}+bounded": "Marvel, bounded multiplier",
-}  # fmt: skip
-BUDGETS = {"release": "10,000 steps of 256", "published": "100,000 steps of 512, the release's"}  # offline, of csvs.RELEASE
-for arm, title in ARMS.items():
-    NAMES |= {arm.format(budget): f"{title}; release, offline {what}" for budget, what in BUDGETS.items()}
-OFFLINE = ("cpq", "bc_safe", "bc_safe+best", "bear_lag")
-PLAIN = [name for name in ALGOS if "+" not in name]
-CONTROLS = ["marvel", *(name for name in csvs.COMPARED if "+" in name and name not in OFFLINE)]
-MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
-HUES = "C0 C1 C2 C4 C5 C6 C8 C9 navy tan teal plum".split()  # without the limit's red
-COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], HUES, strict=False)}
-COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
-RANKS = {"rank_q_policy": "Q, own", "rank_q_random": "Q, random", "rank_qc_policy": "Qc, own", "rank_qc_random": "Qc, random"}
-CLAIMS = [  # (claim, what is said to be better, than what[, by which number if not by "final"])
-    ("Pre-alignment helps finetuning: Marvel without it is naive finetuning with its controller", "marvel", "naive_o2o+apid"),
-    ("... from a clone, which has no critics", "marvel+bc", "naive_o2o+apid+bc"),
-    ("... from CPQ without cloning", "marvel+nocloning", "naive_o2o+apid+nocloning"),
-    ("Its entropy terms help: plain fitted Q is not enough", "marvel", "marvel+fqe"),
-    ("The pretrained critics help: fresh ones are not enough", "marvel", "marvel+fresh"),
-    ("Adaptive gains are better than fixed ones", "marvel", "marvel+pid"),
-    ("... and not merely larger: than fixed gains ten times as high", "marvel", "marvel+pid10"),
-    ("... than dual ascent", "marvel", "marvel+dual"),
-    ("Finetuning improves on the offline policy", "marvel", "cpq"),
-    ("Marvel is better than naive finetuning", "marvel", "naive_o2o"),
-    ("... and neither has anchor, warm-up or reserve", "marvel+bare", "naive_o2o+apid+bare"),
-    ("... in the paper's own configuration", "marvel+release", "naive_o2o+release"),
-    ("... as released, without entropy terms", "marvel+release+fqe", "naive_o2o+release"),
-    ("Anchor, warm-up and reserve make Marvel's training safer", "marvel", "marvel+bare", "regret"),
-    ("... and that of naive finetuning", "naive_o2o+apid", "naive_o2o+apid+bare", "regret"),
-    ("The warm-up alone makes Marvel's training safer", "marvel+warmup", "marvel+bare", "regret"),
-    ("... and the anchor alone", "marvel+anchor", "marvel+bare", "regret"),
-    ("... and the reserve alone", "marvel+reserve", "marvel+bare", "regret"),
-    ("All three together make it safer than the warm-up alone", "marvel", "marvel+warmup", "regret"),
-    ("The cloning in CPQ helps Marvel", "marvel", "marvel+nocloning"),
-    ("Marvel is better from CPQ than from a clone", "marvel", "marvel+bc"),
-    ("The odometer helps Marvel", "marvel", "marvel+lost"),
-    ("Critics that see x help Marvel", "marvel", "marvel+blind"),
-    ("Marvel is better than JSRL", "marvel", "jsrl"),
-    ("... than PEX", "marvel", "pex"),
-    ("... than SO2", "marvel", "so2"),
-    ("... than WSRL", "marvel", "wsrl"),
-    ("... than CAL", "marvel", "cal"),
-    ("... than SAC-Lagrangian from scratch", "marvel", "sac_lag"),
-    ("... than behaviour cloning of the safe data", "marvel", "bc_safe"),
-    ("CPQ is better than a clone of the trajectories that it clones", "cpq", "bc_safe+best"),
-]
+from results import csvs, figures, measures
+from results.arms import ALGOS, BUDGETS, CLAIMS, COMPARED, CONTROLS, LADDER, OFFLINE, PLAIN, RELEASE, RUNGS, title
+from results.comparisons import Task, alive, best_safe_return, comparable, compared, on_common_seeds, rank_changes
+from results.csvs import ENVS, ROOT, Run
+from results.measures import RANKS
 
 PROFILES = (
     "Performance profiles: the share of runs, each a seed on a task, whose score is above a value; mean over tasks. Bands: 95% bootstrap "
     "over seeds, stratified by task. Left, the normalised final return: higher is better. Right, the final cost / limit: lower is "
     "better, and at 1 stands the share of unsafe runs. A diverged run has the lowest return and the highest cost."
 )
-
-Task = dict[str, Run]  # name -> run, all of one environment and cost limit
-
 
 # ---------------------------------------------------------------- numbers as text
 
@@ -141,91 +74,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def missing(present) -> list[str]:
     """A line that names the algorithms that are not in `present`, where any of them is."""
-    if not any(name in csvs.COMPARED for name in present):
+    if not any(name in COMPARED for name in present):
         return []
-    names = [NAMES[name] for name in csvs.COMPARED if name not in present]
+    names = [title(name) for name in COMPARED if name not in present]
     return [f"Missing: {'; '.join(names)}.", ""] if names else []
 
 
-# ---------------------------------------------------------------- what the runs say
-
-
-def best_safe_return(task: Task) -> float:
-    """The highest return of a safe trajectory in the task's dataset; NaN if no run says."""
-    found = [(run.about.get("dataset") or {}).get("safe_return_best") for run in task.values()]
-    return next((x for x in found if x), math.nan)
-
-
-def alive(run: Run) -> dict[str, np.ndarray]:
-    """The measures of the seeds that did not diverge."""
-    kept = np.array([seed not in run.diverged for seed in run.seeds])
-    return {key: values[kept] for key, values in measures.per_seed(run).items()}
-
-
-def budget(run: Run) -> int:
-    return max(row["env_steps"] for row in run.rows)
-
-
-def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
-    """Probabilities of improvement of a over b on the tasks that have both; {} if there are none.
-
-    Of each task the seeds that both have; all seeds if they have none in common. A diverged seed counts as worse than any other: it
-    stands at the bottom of the constrained order.
-    """
-    both, paired = {}, True
-    for env, task in tasks.items():
-        if a in task and b in task:
-            alike = on_common_seeds(task, [a, b]) or task
-            both[env] = (alike[a], alike[b])
-            paired &= same_start(alike[a], alike[b])
-    if not both:
-        return {}
-    final, returns, regrets, equal = [], [], [], True
-    for x, y in both.values():
-        mx, my = measures.per_seed(x), measures.per_seed(y)
-        keys = []
-        for m, run in ((mx, x), (my, y)):
-            order = measures.constrained_order(m["return"], m["cost"], run.cost_limit)
-            keys.append([(-1, 0.0) if math.isnan(value) else key for value, key in zip(m["return"], order)])
-        mine, theirs = measures.as_numbers(*keys)
-        final.append((mine, theirs))
-        returns.append((np.nan_to_num(mx["return"], nan=-np.inf), np.nan_to_num(my["return"], nan=-np.inf)))
-        if measures.finite(mx["regret"]).size and measures.finite(my["regret"]).size:
-            regrets.append((-measures.finite(mx["regret"]), -measures.finite(my["regret"])))
-        equal &= b in OFFLINE or budget(x) == budget(y)
-    return {
-        "tasks": len(both),
-        "seeds": sum(len(x.seeds) for x, _ in both.values()),
-        "final": measures.improvement(final),
-        "over_tasks": measures.improvement(final, resample_tasks=True),
-        "return": measures.improvement(returns),
-        "regret": measures.improvement(regrets) if regrets else None,
-        "equal": equal,
-        "paired": paired,
-    }
-
-
-def same_start(x: Run, y: Run) -> bool:
-    """Whether no seed tells that the two, which take up offline checkpoints of the same kind, took up different ones."""
-    kinds = {ALGOS[run.name][2] if run.name in ALGOS else None for run in (x, y)}
-    found = [dict(zip(run.seeds, measures.per_seed(run)["offline_return"])) for run in (x, y)]
-    return None in kinds or len(kinds) > 1 or all(found[0][seed] == found[1][seed] for seed in found[0].keys() & found[1].keys())
+# ---------------------------------------------------------------- sections
 
 
 def verdict(low: float, high: float, null: float, seeds_per_task: float) -> str:
     if seeds_per_task < 3:
         return "undecided (fewer than 3 seeds)"
     return "supported" if low > null else "contradicted" if high < null else "undecided"
-
-
-def rank_changes(tasks: dict[str, Task], column: str, name: str = "marvel") -> list[np.ndarray]:
-    """Per task: the change of a rank correlation by pre-alignment, of each seed that has it."""
-    found = [measures.ranks(task[name], column) for task in tasks.values() if name in task]
-    changes = [measures.finite(pairs[:, 1] - pairs[:, 0]) for pairs in found]
-    return [change for change in changes if change.size]
-
-
-# ---------------------------------------------------------------- sections
 
 
 def claims(tasks: dict[str, Task]) -> list[str]:
@@ -252,7 +113,7 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         )
     for claim, name, other, *judge in CLAIMS:
         result, key = compared(tasks, name, other), judge[0] if judge else "final"
-        against = f"P(better than {NAMES[other]})"
+        against = f"P(better than {title(other)})"
         if not result or not result[key]:
             rows.append([claim, against, "-", "-", "-", "-", "no data"])
             continue
@@ -284,33 +145,10 @@ def claims(tasks: dict[str, Task]) -> list[str]:
     ]
 
 
-def on_common_seeds(task: Task, names: list[str]) -> Task:
-    """These runs, of each the seeds that all of them have; {} if there are none."""
-    seeds = set.intersection(*(set(task[name].seeds) for name in names))
-    rows = lambda run: [row for row in run.rows if row["seed"] in seeds]
-    return {name: replace(task[name], rows=rows(task[name])) for name in names} if seeds else {}
-
-
-def comparable(tasks: dict[str, Task]) -> dict[str, Task]:
-    """What figures over tasks may compare: algorithms that ran on the same tasks, on each task the seeds that all of them have. Of the
-    sets of tasks that an algorithm ran on, the one with the most cells (tasks times the algorithms that have all of these), or else the
-    larger one. {} if nothing is left."""
-    ran = {name: frozenset(env for env, task in tasks.items() if name in task) for name in csvs.COMPARED}
-    having = {common: [name for name in ran if common <= ran[name]] for common in ran.values() if common}
-    common = max(having, key=lambda common: (len(common) * len(having[common]), len(common)), default=frozenset())
-    names = having.get(common, [])
-    kept: dict[str, Task] = {}
-    for env in (env for env in tasks if env in common):
-        found = on_common_seeds(tasks[env], names)
-        if found and not math.isnan(best_safe_return(tasks[env])):
-            kept[env] = found
-    return kept
-
-
 def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows, shown, alike = [], [], comparable(tasks)
     best_of = {env: best_safe_return(task) for env, task in tasks.items()}
-    for name in csvs.COMPARED:
+    for name in COMPARED:
         runs = {env: task[name] for env, task in tasks.items() if name in task}
         if not runs:
             continue
@@ -329,9 +167,9 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         cells = [estimate(better[key]) if better.get(key) else "-" for key in ("final", "over_tasks", "return", "regret")]
         lost = sum(len(run.diverged) for run in runs.values())
         seeds = f"{len(runs)} ({sum(len(run.seeds) for run in runs.values())}{f', {lost} diverged' if lost else ''})"
-        rows.append([NAMES[name], seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
-    drawn = draw_aggregate(shown, folder / f"aggregate{suffix}.png")
-    profiles = draw_profiles(alike, best_of, folder / f"profiles{suffix}.png")
+        rows.append([title(name), seeds, estimate(middle) if middle else "-", f"{safe} of {len(runs)}", *cells])
+    drawn = figures.draw_aggregate(shown, folder / f"aggregate{suffix}.png")
+    profiles = figures.draw_profiles(alike, best_of, folder / f"profiles{suffix}.png")
     counts = ", ".join(f"{env} ({len(next(iter(task.values())).seeds)})" for env, task in alike.items())
     return [
         "## Over all tasks",
@@ -366,7 +204,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
 def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
     rows = []
     for env, task in tasks.items():
-        published = [arm.format(budget) for budget in BUDGETS for arm in ARMS if arm.startswith("marvel")]
+        published = [name.format(budget) for budget in BUDGETS for name, arm in RELEASE.items() if arm.script == "marvel"]
         for name in ("marvel", "marvel+fqe", "marvel+fresh", *published):
             if name not in task:
                 continue
@@ -375,10 +213,10 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
                 before, after = measures.ranks(task[name], column).T
                 change = spread(after - before)
                 cells.append("-" if change == "-" else f"{np.nanmean(before):.2f} → {np.nanmean(after):.2f}; {change}")
-            rows.append([env, NAMES[name], *cells])
+            rows.append([env, title(name), *cells])
     if not rows:
         return []
-    drawn = draw_alignment(tasks, folder / f"alignment{suffix}.png")
+    drawn = figures.draw_alignment(tasks, folder / f"alignment{suffix}.png")
     return [
         "## Does pre-alignment mend the critics?",
         "",
@@ -393,10 +231,10 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
 
 
 def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
-    """What carries the results: one table of csvs.LADDER's rungs on the tasks that have any but the suite itself, and a figure."""
+    """What carries the results: one table of LADDER's rungs on the tasks that have any but the suite itself, and a figure."""
     lines, shown = [], {}
     for env, task in tasks.items():
-        steps = {f"{base}+{rung}".rstrip("+"): (rung, base) for rung in csvs.LADDER for base in RUNGS}
+        steps = {f"{base}+{rung}".rstrip("+"): (rung, base) for rung in LADDER for base in RUNGS}
         steps = {name: step for name, step in steps.items() if name in task}
         if len({rung for rung, _ in steps.values()}) < 2:
             continue
@@ -408,7 +246,7 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             found = alive(runs[name])
             within = found["cost"] <= runs[name].cost_limit
             rows.append([
-                csvs.LADDER[rung][0], RUNGS[base], str(within.size),
+                LADDER[rung][0], RUNGS[base].title, str(within.size),
                 " / ".join(number(measures.finite(found[f"offline_{key}"]).mean()) for key in ("return", "cost")),
                 ratio(int(within.sum()), within.size), spread(found["return"]),
                 cost_spread(found["cost"]), cost_spread(found["early_cost"]), cost_spread(found["train_cost"]),
@@ -421,7 +259,7 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         return []
     figure = f"![Cost of the first training episodes by rung](ladder{suffix}.png)"
     if shown:
-        draw_ladder(shown, folder / f"ladder{suffix}.png")
+        figures.draw_ladder(shown, folder / f"ladder{suffix}.png")
     return [
         "## What carries the results",
         "",
@@ -437,12 +275,12 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
 
 
 def release(tasks: dict[str, Task]) -> list[str]:
-    """The paper's own configuration: its arms (csvs.RELEASE), by task and offline budget."""
+    """The paper's own configuration: its arms (arms.RELEASE), by task and offline budget."""
     rows = []
     for env, task in tasks.items():
-        for budget, what in BUDGETS.items():
-            for arm, title in ARMS.items():
-                run, naive = task.get(arm.format(budget)), f"naive_o2o+{budget}" + ("+bounded" if "bounded" in arm else "")
+        for budget, (what, _) in BUDGETS.items():
+            for name, arm in RELEASE.items():
+                run, naive = task.get(name.format(budget)), f"naive_o2o+{budget}" + ("+bounded" if "bounded" in name else "")
                 if run is None:
                     continue
                 found, better = alive(run), {}
@@ -450,7 +288,7 @@ def release(tasks: dict[str, Task]) -> list[str]:
                     better = compared({env: task}, run.name, naive)
                 within = found["cost"] <= run.cost_limit
                 rows.append([
-                    env, what, title, str(within.size), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
+                    env, what, arm.title, str(within.size), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
                     ratio(int(within.sum()), within.size), spread(found["return"]), cost_spread(found["cost"]),
                     cost_spread(found["early_cost"]), cost_spread(found["train_cost"]), estimate(better["final"]) if better else "-",
                 ])  # fmt: skip
@@ -485,7 +323,7 @@ def other_limits(runs: list[Run]) -> list[str]:
             costs = [cost_spread(found[key]) for key in ("cost", "early_cost", "train_cost")]
             share = ratio(int(within.sum()), within.size)
             offline = cost_spread(found["offline_cost"])
-            rows.append([env, NAMES.get(name, name), limit, str(within.size), offline, share, spread(found["return"]), *costs])
+            rows.append([env, title(name), limit, str(within.size), offline, share, spread(found["return"]), *costs])
     if not rows:
         return []
     header = (
@@ -512,18 +350,19 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         seeds = str(len(run.seeds) - len(run.diverged)) + (f" + {len(run.diverged)} diverged" if run.diverged else "")
         if not found["return"].size:
             first = min(run.diverged.values(), key=lambda row: row["gradient_steps"])
-            rows.append([NAMES.get(name, name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 13])
+            rows.append([title(name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 13])
             continue
         within = found["cost"] <= run.cost_limit
         soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
         episodes = measures.finite(found["training_episodes"])
+        script = ALGOS[name].script if name in ALGOS else name
         rows.append([
-            NAMES.get(name, name), seeds, spread(found["offline_return"]), cost_spread(found["offline_cost"]), spread(found["return"]),
+            title(name), seeds, spread(found["offline_return"]), cost_spread(found["offline_cost"]), spread(found["return"]),
             f"**{cost_spread(found['cost'])}**" if found["cost"].mean() <= run.cost_limit else cost_spread(found["cost"]),
             ratio(int(within.sum()), within.size), percent(found["share_above"]), cost_spread(found["worst_tenth"]),
             cost_spread(found["train_cost"]), cost_spread(found["early_cost"]), cost_spread(found["regret"]),
             f"{soon} of {number(episodes.max())}" if episodes.size else "-", spread(found["auc"]), spread(found["return"] / best),
-            f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((ALGOS.get(name, (name,))[0], env), 0)}",
+            f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((script, env), 0)}",
         ])  # fmt: skip
     any_run = next(iter(task.values()))
     limit = any_run.cost_limit
@@ -540,28 +379,28 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
     ]
     lines += markdown(header.split(", "), rows) + (missing(task) if limit == csvs.LIMIT else []) + [f"{data}; table: `make report`.", ""]
     place, controls = folder / env, [name for name in CONTROLS[1:] if name in task]
-    for kind, title, drawn in (
+    for kind, what, drawn in (
         (
             "learning",
             "Evaluations over online environment steps",
-            draw_curves(task, PLAIN, place / f"learning{suffix}.png", best),
+            figures.draw_curves(task, PLAIN, place / f"learning{suffix}.png", best),
         ),
         (
             "controls",
             "Marvel and its controls",
-            controls and draw_curves(task, ["marvel", *controls], place / f"controls{suffix}.png", best),
+            controls and figures.draw_curves(task, ["marvel", *controls], place / f"controls{suffix}.png", best),
         ),
-        ("multiplier", "Training cost, multiplier and gains", draw_multipliers(task, place / f"multiplier{suffix}.png")),
+        ("multiplier", "Training cost, multiplier and gains", figures.draw_multipliers(task, place / f"multiplier{suffix}.png")),
     ):
         if drawn:
-            lines += [f"![{title} on {env}]({env}/{kind}{suffix}.png)", "", f"{title}. {data}; figure: `make report`.", ""]
+            lines += [f"![{what} on {env}]({env}/{kind}{suffix}.png)", "", f"{what}. {data}; figure: `make report`.", ""]
     return lines + commands(task)
 
 
 def commands(task: Task) -> list[str]:
     lines = ["<details><summary>Commands</summary>", ""]
     for name, run in task.items():
-        lines.append(f"- {NAMES.get(name, name)}, dataset {' and '.join(h or 'none' for h in run.dataset_hashes)}:")
+        lines.append(f"- {title(name)}, dataset {' and '.join(h or 'none' for h in run.dataset_hashes)}:")
         for part in run.about.get("runs", []):
             made = f"seeds {' '.join(map(str, part['seeds']))}; commit {part.get('commit') or '?'}; {part.get('device')}"
             took = f"; {part['seconds']:,.0f} s" if part.get("seconds") else ""
@@ -594,192 +433,6 @@ def settings_tried(folder: Path) -> list[str]:
         "Data: `python results/tune.py TRIES.txt`; table: `make report`.",
         "",
     ]
-
-
-# ---------------------------------------------------------------- figures
-
-
-def save(figure, path: Path, top: float = 1.0) -> bool:
-    figure.tight_layout(rect=(0, 0, 1, top))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    plt.close(figure)
-    return True
-
-
-def traces(run: Run, event: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps,) and (seeds, steps): online values at the steps that every seed which did not diverge has."""
-    curves = []
-    for seed in run.seeds:
-        if seed in run.diverged:
-            continue
-        rows = run.of(seed, event)
-        before = [row for row in rows if row["phase"] != "online"] if event == "eval" else []
-        online = [row for row in rows if row["phase"] == "online"]
-        if online and online[0]["env_steps"] > 0:
-            online = before[-1:] + online
-        curves.append({row["env_steps"]: row[key] for row in online if not math.isnan(row[key])})
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
-
-
-def draw_curves(task: Task, names: list[str], path: Path, best: float) -> bool:
-    """Return and cost of evaluations over online steps: mean and 95% interval; offline algorithms as a dashed line."""
-    names = [name for name in names if name in task and alive(task[name])["return"].size]
-    if not names:
-        return False
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    limit = task[names[0]].cost_limit
-    for name in names:
-        colour, run = COLOURS[name], task[name]
-        for axis, key in zip(axes, ("return", "cost")):
-            steps, values = traces(run, "eval", key)
-            if not steps.size:
-                axis.axhline(alive(run)[key].mean(), color=colour, lw=1.2, ls="--", label=NAMES[name])
-                continue
-            axis.plot(steps, values.mean(0), color=colour, lw=2 if name == "marvel" else 1.3, label=NAMES[name])
-            if len(values) > 1:
-                low, high = np.array([measures.interval(column) for column in values.T]).T
-                axis.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
-    if not math.isnan(best):
-        axes[0].axhline(best, color="grey", lw=1, ls=":", label="best safe return of the dataset")
-    axes[1].axhline(limit, color="red", lw=1.2, ls="--", label=f"cost limit {limit:g}")
-    axes[1].set_yscale("symlog", linthresh=max(limit, 1.0))
-    axes[1].set_ylim(bottom=0)
-    for axis, label in zip(axes, ("return", "cost")):
-        axis.set_xlabel("online environment steps")
-        axis.set_ylabel(f"episode {label}")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=4, fontsize=8, frameon=False)
-    return save(figure, path, top=0.98 - 0.055 * math.ceil(len(handles) / 4))
-
-
-def draw_multipliers(task: Task, path: Path) -> bool:
-    """Training cost, lambda, and aPID's gains relative to their initial values, over online steps: means, ranges over seeds."""
-    names = [name for name in MULTIPLIERS if name in task and traces(task[name], "train", "multiplier")[0].size]
-    if not names:
-        return False
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for name in names:
-        for axis, key in zip(axes, ("cost", "multiplier")):
-            steps, values = traces(task[name], "train", key)
-            if steps.size:
-                axis.plot(steps, values.mean(0), color=COLOURS[name], lw=1.3, label=NAMES[name])
-                axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[name], alpha=0.1, lw=0)
-    if "marvel" in names:
-        for key, style in (("kp", "-"), ("ki", "--"), ("kd", ":")):
-            steps, values = traces(task["marvel"], "train", key)
-            initial = (task["marvel"].about.get("config") or {}).get(key) or (values[:, 0].mean() if steps.size else 0)
-            if steps.size and initial:
-                axes[2].plot(steps, (values / initial).mean(0), color="black", ls=style, lw=1.3, label=f"K{key[1]} of aPID / initial")
-        axes[2].set_yscale("log")
-    limit = task[names[0]].cost_limit
-    axes[0].axhline(limit, color="red", lw=1.2, ls="--")
-    axes[0].set_yscale("symlog", linthresh=max(limit, 1.0))
-    axes[0].set_ylim(bottom=0)
-    for axis, label in zip(axes, ("training episode cost", "multiplier λ", "gain / initial gain")):
-        axis.set_ylabel(label)
-        axis.set_xlabel("online environment steps")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
-    axes[1].legend(fontsize=7, frameon=False)
-    if "marvel" in names:
-        axes[2].legend(fontsize=7, frameon=False)
-    return save(figure, path)
-
-
-def draw_aggregate(shown: list[tuple], path: Path) -> bool:
-    """Interquartile means, and probabilities that Marvel is better, with intervals."""
-    if not shown:
-        return False
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(shown)), sharey=True)
-    for axis, which in zip(axes, (1, 2)):
-        for row, entry in enumerate(shown):
-            if entry[which]:
-                middle, low, high = entry[which]
-                axis.plot([low, high], [row, row], color=COLOURS[entry[0]], lw=5, alpha=0.35, solid_capstyle="butt")
-                axis.plot([middle], [row], "o", color=COLOURS[entry[0]], ms=5)
-    axes[0].set_yticks(range(len(shown)), [NAMES[entry[0]] for entry in shown])
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("IQM of final return / best safe return of the data")
-    axes[1].set_xlabel("P(Marvel ends better: safe first, then return)")
-    axes[1].axvline(0.5, color="grey", lw=1, ls="--")
-    axes[1].set_xlim(0, 1)
-    return save(figure, path)
-
-
-def draw_profiles(tasks: dict[str, Task], best_of: dict[str, float], path: Path) -> bool:
-    """Performance profiles of the normalised final return and of the final cost / limit, with bands; offline algorithms dashed."""
-    names = [name for name in PLAIN if all(name in task for task in tasks.values())] if tasks else []
-    limit = next(run.cost_limit for task in tasks.values() for run in task.values()) if names else math.nan
-    if not names or not 0 < limit < math.inf:
-        return False
-    found = {name: {env: measures.per_seed(task[name]) for env, task in tasks.items()} for name in names}
-    returns = {name: [np.nan_to_num(m["return"] / best_of[env], nan=-np.inf) for env, m in of.items()] for name, of in found.items()}
-    costs = {name: [np.nan_to_num(m["cost"] / limit, nan=np.inf) for m in of.values()] for name, of in found.items()}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for axis, scores in zip(axes, (returns, costs)):
-        values = measures.finite(np.concatenate([task for of in scores.values() for task in of]))
-        taus = np.unique([0.0, *values, *(values - 1e-9)])  # a profile is a staircase: its value on each step
-        for name in names:
-            share, low, high = measures.profile(scores[name], taus)
-            axis.plot(
-                taus, share, color=COLOURS[name], lw=2 if name == "marvel" else 1.3, ls="--" if name in OFFLINE else "-", label=NAMES[name]
-            )
-            axis.fill_between(taus, low, high, color=COLOURS[name], alpha=0.08, lw=0)
-    axes[0].set_xlabel("final return / best safe return of the data")
-    axes[0].set_ylabel("share of runs above it")
-    axes[1].set_xlabel("final cost / limit")
-    axes[1].axvline(1, color="red", lw=1.2, ls="--", label="cost limit")
-    axes[1].set_xscale("symlog", linthresh=1)
-    axes[1].xaxis.set_major_formatter("{x:g}")
-    axes[1].set_xlim(left=0)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=4, fontsize=8, frameon=False)
-    return save(figure, path, top=0.98 - 0.04 * math.ceil(len(handles) / 4))
-
-
-def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
-    """Per task and rung: cost per training episode in the first fifth, means and intervals over seeds."""
-    figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 2.8 * len(shown), 3.6), sharey=True, squeeze=False)
-    rungs = [rung for rung in csvs.LADDER if any((rung, base) in found for found in shown.values() for base in RUNGS)]
-    for axis, (env, found) in zip(axes[0], shown.items()):
-        for i, (base, title) in enumerate(RUNGS.items()):
-            for rung in rungs:
-                if (rung, base) not in found:
-                    continue
-                values, row = found[rung, base]["early_cost"], rungs.index(rung) + 0.2 * (2 * i - 1)
-                low, high = measures.interval(values)
-                axis.plot([low, high], [row, row], color=f"C{i}", lw=4, alpha=0.35, solid_capstyle="butt")
-                axis.plot([np.mean(values)], [row], "o", color=f"C{i}", ms=4, label=title if rung == "" else None)
-        axis.axvline(csvs.LIMIT, color="red", lw=1, ls="--")
-        axis.set_xscale("symlog", linthresh=csvs.LIMIT)
-        axis.set_xlim(left=0)
-        axis.set_title(env, fontsize=8)
-        axis.set_xlabel("cost per training episode,\nfirst fifth", fontsize=8)
-    axes[0, 0].set_yticks(range(len(rungs)), [csvs.LADDER[rung][0] for rung in rungs], fontsize=8)
-    axes[0, 0].invert_yaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncol=2, fontsize=8, frameon=False)
-    return save(figure, path, top=0.93)
-
-
-def draw_alignment(tasks: dict[str, Task], path: Path) -> bool:
-    """Rank correlations before and after pre-alignment of every seed of Marvel, and their means."""
-    shown = {env: task["marvel"] for env, task in tasks.items() if "marvel" in task and rank_changes({env: task}, "rank_q_policy")}
-    if not shown:
-        return False
-    figure, axes = plt.subplots(1, len(shown), figsize=(1 + 2.6 * len(shown), 3), sharey=True, squeeze=False)
-    for axis, (env, run) in zip(axes[0], shown.items()):
-        for i, column in enumerate(RANKS):
-            pairs = measures.ranks(run, column)
-            for pair in pairs:
-                axis.plot([i - 0.2, i + 0.2], pair, color="grey", lw=0.7, alpha=0.7)
-            axis.plot([i - 0.2, i + 0.2], np.nanmean(pairs, 0), "-o", color="C3" if "qc" in column else "C0", ms=4)
-        axis.axhline(0, color="grey", lw=0.6)
-        axis.set_xticks(range(len(RANKS)), [label.replace(", ", "\n") for label in RANKS.values()], fontsize=7)
-        axis.set_title(env, fontsize=8)
-    axes[0, 0].set_ylabel("rank correlation,\nbefore → after")
-    return save(figure, path)
 
 
 # ---------------------------------------------------------------- scores
@@ -889,8 +542,8 @@ def summary(folder: Path) -> str:
     header, rows = ["algorithm"], []
     for env in tasks:
         header += [env, "per training episode"]
-    for name in (name for name in csvs.COMPARED if any((env, name, csvs.LIMIT) in runs for env in tasks)):
-        rows.append([NAMES[name]])
+    for name in (name for name in COMPARED if any((env, name, csvs.LIMIT) in runs for env in tasks)):
+        rows.append([title(name)])
         for env in tasks:
             found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None
             rows[-1] += [" / ".join(number(found[key].mean()) for key in ("return", "cost")) if found else "-"]
@@ -913,8 +566,8 @@ def overview(folder: Path) -> str:
             row += [number(found["train_cost"].mean())] if name not in OFFLINE else []
         rows.append(row)
     header = ["task", "offline: safe", "return"]
-    for title in ("Marvel", "naive finetuning"):
-        header += [f"{title}: safe", "return", "per training episode"]
+    for name in names[1:]:
+        header += [f"{title(name)}: safe", "return", "per training episode"]
     return note + "\n".join(markdown(header, rows))
 
 

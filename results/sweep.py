@@ -34,7 +34,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import csvs
-from results.csvs import ALGOS, ROOT
+from results.arms import ALGOS, COMPARED
+from results.csvs import ROOT
 
 NOT_ARGUMENTS = (
     "--env",
@@ -80,12 +81,12 @@ class Job:
         words = {"--env": self.env, "--seed": str(self.seeds[0]), "--seeds": str(len(self.seeds)), **dict(self.arguments)}
         if self.runs != ROOT / "runs":
             words["--runs"] = relative(self.runs)
-        script = relative(self.scripts / f"{ALGOS[self.name][0]}.py")
+        script = relative(self.scripts / f"{ALGOS[self.name].script}.py")
         return [python, script, "--resume", *(token for flag, value in words.items() for token in (flag, *value.split()))]
 
 
 def offline(env: str, name: str, limit: float, seeds) -> frozenset:
-    kind = ALGOS[name][2]
+    kind = ALGOS[name].offline
     return frozenset((kind, env, limit, seed) for seed in seeds) if kind else frozenset()
 
 
@@ -101,7 +102,7 @@ def done_seeds(env: str, name: str, arguments: dict[str, str], runs: Path) -> se
     """Seeds that finished runs of exactly these arguments, on the dataset as it is now, hold."""
     arguments, found = {k: v for k, v in arguments.items() if k not in NOT_ARGUMENTS}, set()
     for _, config in csvs.folders(runs):
-        if (config.get("env"), config.get("algo")) != (env, ALGOS[name][0]):
+        if (config.get("env"), config.get("algo")) != (env, ALGOS[name].script):
             continue
         dataset = config.get("dataset") or {}
         if dataset and sha256(ROOT / dataset.get("path", "")) not in (None, dataset.get("sha256")):
@@ -134,7 +135,7 @@ def plan(options) -> tuple[list[Job], int, set]:
                     pattern, _, arguments = entry.partition("=")
                     if fnmatch(f"{env}/{name}", pattern):
                         words |= csvs.words(arguments)
-                words |= csvs.words(ALGOS[name][1])  # last: they are what the name means
+                words |= csvs.words(ALGOS[name].arguments)  # last: they are what the name means
                 have = done_seeds(env, name, words, options.runs)
                 made |= offline(env, name, limit, have)
                 missing = [seed for seed in range(options.first_seed, options.first_seed + options.seeds) if seed not in have]
@@ -356,7 +357,7 @@ def parse(arguments: list[str]):
     parser = csvs.Parser("Runs what is missing. @FILE reads arguments from a file, one a line.")
     parser.add_argument("--envs", nargs="+", default=csvs.ENVS, help="tasks (default: the core suite)")
     parser.add_argument(
-        "--algos", nargs="+", default=csvs.COMPARED, metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: the first {len(csvs.COMPARED)})"
+        "--algos", nargs="+", default=COMPARED, metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: the first {len(COMPARED)})"
     )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--first-seed", type=int, default=csvs.UNSEEN, help=f"the first of them (default {csvs.UNSEEN}; below: for tuning)")
@@ -382,8 +383,8 @@ def parse(arguments: list[str]):
     for name in options.algos:
         if name not in ALGOS:
             parser.error(f"--algos {name}: unknown; known are {' '.join(ALGOS)}")
-        if not (options.scripts / f"{ALGOS[name][0]}.py").exists():
-            parser.error(f"--algos {name}: there is no {relative(options.scripts / ALGOS[name][0])}.py")
+        if not (options.scripts / f"{ALGOS[name].script}.py").exists():
+            parser.error(f"--algos {name}: there is no {relative(options.scripts / ALGOS[name].script)}.py")
     for flag in ("seeds", "parallel"):
         if getattr(options, flag) < 1:
             parser.error(f"--{flag} {getattr(options, flag)}: must be positive")

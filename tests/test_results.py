@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import logbook
-from results import csvs, diff, measures, report, sweep, tune
+from results import arms, comparisons, csvs, diff, figures, measures, report, sweep, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
@@ -40,7 +40,7 @@ def seed_rows(seed, final=700.0, cost=10.0, train_cost=15.0, **fixed):
     """Offline return 500 and cost 30, three online evaluations up to `final` and `cost`, 10 blocks of 5 training episodes."""
     rows = [row(seed, "offline", "eval", 100, 0, episodes=20.0, **{"return": 500.0, "cost": 30.0})]
     for phase, q in (("offline", 0.1), ("vpa", 0.6)):
-        rows.append(row(seed, phase, "rank", 100, 0, **dict.fromkeys(report.RANKS, q)))
+        rows.append(row(seed, phase, "rank", 100, 0, **dict.fromkeys(measures.RANKS, q)))
     for i in range(1, 11):
         steps = dict(gradient_steps=100 + i, env_steps=2500 * i)
         values = {
@@ -471,29 +471,29 @@ def test_report_says_what_the_numbers_say(tmp_path):
 
 def test_figures_over_tasks_compare_the_same_tasks_and_seeds(tmp_path, monkeypatch):
     """Marvel ran on a second task and with more seeds, a control on that task only: neither changes what the figures compare."""
-    for name in report.PLAIN:
+    for name in arms.PLAIN:
         csvs.write(make_run(name), tmp_path)
     drawn = []
-    monkeypatch.setattr(report, "draw_aggregate", lambda shown, path: drawn.append(shown) or True)
-    monkeypatch.setattr(report, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
+    monkeypatch.setattr(figures, "draw_aggregate", lambda shown, path: drawn.append(shown) or True)
+    monkeypatch.setattr(figures, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
     text = report.report(tmp_path)
     assert f"Tasks (seeds): {ENV} (5)." in text
     shutil.rmtree(tmp_path / ENV)
-    for name in report.PLAIN:
+    for name in arms.PLAIN:
         csvs.write(make_run(name, seeds=7 if name == "marvel" else 5), tmp_path)
     for name, final in (("marvel", 100.0), ("marvel+pid", 900.0)):
         csvs.write(make_run(name, final=final, env="SafetyCarRun"), tmp_path)
     assert f"Tasks (seeds): {ENV} (5)." in report.report(tmp_path)
-    assert drawn[0] == drawn[2] and {name for name, *_ in drawn[0]} == set(report.PLAIN)
+    assert drawn[0] == drawn[2] and {name for name, *_ in drawn[0]} == set(arms.PLAIN)
     seeds = [{env: {name: run.seeds for name, run in task.items()} for env, task in tasks.items()} for tasks in drawn[1::2]]
-    assert seeds[0] == seeds[1] == {ENV: {name: [0, 1, 2, 3, 4] for name in report.PLAIN}}
+    assert seeds[0] == seeds[1] == {ENV: {name: [0, 1, 2, 3, 4] for name in arms.PLAIN}}
 
 
 def test_two_algorithms_are_compared_on_the_seeds_that_both_have():
     """A seed of one algorithm alone would tilt the comparison; other offline evaluations tell of other checkpoints."""
     marvel, pex = make_run("marvel", seeds=4), make_run("pex", seeds=2, final=900.0)
     later = [r | {"return": r["return"] + 1000.0} for r in marvel.rows if r["seed"] > 1]
-    compared = lambda run: report.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
+    compared = lambda run: comparisons.compared({ENV: {"marvel": run, "pex": pex}}, "marvel", "pex")
     better = replace(marvel, rows=[r for r in marvel.rows if r["seed"] <= 1] + later)
     for run, chance in ((better, 0.0), (replace(marvel, rows=later), 1.0)):  # the second has no seed in common with PEX
         assert compared(run)["seeds"] == 2 and compared(run)["return"][0] == chance
@@ -505,10 +505,10 @@ def test_an_algorithm_that_ran_on_one_task_does_not_shrink_the_figures():
     """Four algorithms on two tasks are eight cells, five on one task are five."""
     tasks = {env: {name: make_run(name, env=env) for name in ("cpq", "marvel", "naive_o2o", "pex")} for env in (ENV, "SafetyCarRun")}
     tasks[ENV]["sac_lag"] = make_run("sac_lag")
-    assert {env: set(task) for env, task in report.comparable(tasks).items()} == {env: set(tasks["SafetyCarRun"]) for env in tasks}
+    assert {env: set(task) for env, task in comparisons.comparable(tasks).items()} == {env: set(tasks["SafetyCarRun"]) for env in tasks}
     for name in ("cpq", "naive_o2o", "pex"):
         del tasks["SafetyCarRun"][name]
-    assert {env: set(task) for env, task in report.comparable(tasks).items()} == {ENV: set(tasks[ENV])}
+    assert {env: set(task) for env, task in comparisons.comparable(tasks).items()} == {ENV: set(tasks[ENV])}
 
 
 def test_other_limits_compare_the_seeds_that_all_limits_have(tmp_path):
@@ -528,7 +528,7 @@ def test_an_algorithm_that_has_not_run_does_not_shrink_the_figures(tmp_path, mon
             csvs.write(make_run(name, env=env), tmp_path)
     csvs.write(make_run("marvel+pid"), tmp_path)
     drawn = []
-    monkeypatch.setattr(report, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
+    monkeypatch.setattr(figures, "draw_profiles", lambda tasks, best_of, path: drawn.append(tasks) or True)
     report.report(tmp_path)
     assert {env: set(task) for env, task in drawn[0].items()} == {env: {"marvel", "cpq"} for env in (ENV, "SafetyCarRun")}
 
@@ -578,14 +578,14 @@ def test_report_reads_whatever_is_present(tmp_path):
 
 
 def test_summary_has_the_tasks_on_which_marvel_was_run(tmp_path):
-    for name in report.PLAIN:
+    for name in arms.PLAIN:
         csvs.write(make_run(name, final=700.0, cost=10.0, train_cost=15.0, noise=0.0), tmp_path)
     csvs.write(make_run("naive_o2o", env="SafetyCarRun"), tmp_path)
     warning, _, *lines = report.summary(tmp_path).splitlines()
     assert warning == "On seeds on which settings may have been chosen:"
     assert lines[0] == f"| algorithm | {ENV} | per training episode |"
     assert "| Marvel | 700 / 10 | 15 |" in lines
-    assert len(lines) == 2 + len(report.PLAIN)  # controls that were not run have no line
+    assert len(lines) == 2 + len(arms.PLAIN)  # controls that were not run have no line
 
 
 def on_seeds(run, first):
@@ -642,10 +642,10 @@ def test_what_is_no_variant_of_the_suite_is_not_counted_as_one():
     assert csvs.variant("marvel", {"preset": "suite", "init": "a.safetensors", "vpa_steps": 0}) == "marvel+init"
 
 
-@pytest.mark.parametrize("name", csvs.ALGOS)
+@pytest.mark.parametrize("name", arms.ALGOS)
 def test_the_command_line_of_a_variant_names_it_again(name):
     """From the configuration that a run of it records, whatever the presets add."""
-    script, arguments, _ = csvs.ALGOS[name]
+    _, script, arguments, _ = arms.ALGOS[name]
     module = importlib.import_module(f"algos.{script}")
     args = logbook.parse(module.Args, ["--env", ENV, *arguments.split()], getattr(module, "PRESETS", None))
     assert csvs.variant(script, json.loads(json.dumps(asdict(args), default=str))) == name
@@ -689,7 +689,7 @@ def test_a_row_says_how_many_settings_were_tried(tmp_path):
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "save", lambda figure, *_, **__: report.plt.close(figure) or True)  # half of the time
+    monkeypatch.setattr(figures, "save", lambda figure, *_, **__: figures.plt.close(figure) or True)  # half of the time
     shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.npz", "*.png"))
     committed = (ROOT / "results" / "README.md").read_text()
     assert report.report(tmp_path / "results") == committed, "run `make report`"
@@ -864,7 +864,7 @@ def test_a_study_is_on_unseen_seeds_and_says_its_command(study):
 
 def test_every_variant_is_in_a_study():
     studies = [sweep.parse([f"@{path}"]) for path in (ROOT / "results" / "studies").glob("*.args")]
-    assert {name for study in studies for name in study.algos} == csvs.ALGOS.keys()
+    assert {name for study in studies for name in study.algos} == arms.ALGOS.keys()
 
 
 def wait_until(condition, seconds=30):
@@ -925,8 +925,8 @@ def test_sweep_refuses_bad_input_in_one_line(tmp_path, arguments, message, capsy
     monkeypatch.chdir(tmp_path)
     if arguments[0] != "--scripts":
         arguments = ["--scripts", str(tmp_path), *arguments]
-        for name, *_ in csvs.ALGOS.values():
-            (tmp_path / f"{name}.py").touch()
+        for arm in arms.ALGOS.values():
+            (tmp_path / f"{arm.script}.py").touch()
     refused(lambda: sweep.main(arguments), message, capsys)
 
 
@@ -1013,4 +1013,4 @@ def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 def test_a_bare_sweep_leaves_out_what_has_a_study_of_its_own():
     options = sweep.parse([])
     assert options.first_seed == csvs.UNSEEN and {"cpq", "marvel+fqe"} <= set(options.algos)
-    assert not any(rung in name.split("+") for name in options.algos for rung in (*csvs.RELEASE, *filter(None, csvs.LADDER)))
+    assert not any(rung in name.split("+") for name in options.algos for rung in (*arms.BUDGETS, *filter(None, arms.LADDER)))
