@@ -1,8 +1,8 @@
 """Reads what training leaves, checked: progress.csv (or results/ENV/ALGO.csv) and the JSON beside it.
 
-Everything in results/ starts from here, and knows of training only these files. A run folder is RUNS/ENV/ALGO/STAMP/ with
+Everything in results/ but arms.py starts from here, and knows of training only these files. A run folder is RUNS/ENV/ALGO/STAMP/ with
 progress.csv and config.json; a committed baseline is results/ENV/NAME.csv with NAME.json, where NAME is an algorithm of
-ALGOS, followed by @LIMIT if the cost limit is not 20. Both become a `Run`.
+arms.ALGOS, followed by @LIMIT if the cost limit is not 20. Both become a `Run`.
 """
 
 import argparse
