@@ -24,6 +24,11 @@ def alive(run: Run) -> dict[str, np.ndarray]:
     return {key: values[kept] for key, values in measures.per_seed(run).items()}
 
 
+def within(run: Run) -> tuple[int, int]:
+    """Seeds whose final cost is within the limit, and all seeds; a diverged seed is not within it."""
+    return int((measures.per_seed(run)["cost"] <= run.cost_limit).sum()), len(run.seeds)
+
+
 def budget(run: Run) -> int:
     return max(row["env_steps"] for row in run.rows)
 
@@ -31,8 +36,7 @@ def budget(run: Run) -> int:
 def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
     """Probabilities of improvement of a over b on the tasks that have both; {} if there are none.
 
-    Of each task the seeds that both have; all seeds if they have none in common. A diverged seed counts as worse than any other: it
-    stands at the bottom of the constrained order.
+    Of each task the seeds that both have; all seeds if they have none in common. A diverged seed counts as worse than any other.
     """
     both, paired = {}, True
     for env, task in tasks.items():
@@ -53,13 +57,13 @@ def compared(tasks: dict[str, Task], a: str, b: str) -> dict:
         final.append((mine, theirs))
         returns.append((np.nan_to_num(mx["return"], nan=-np.inf), np.nan_to_num(my["return"], nan=-np.inf)))
         if measures.finite(mx["regret"]).size and measures.finite(my["regret"]).size:
-            regrets.append((-measures.finite(mx["regret"]), -measures.finite(my["regret"])))
+            regrets.append((-np.nan_to_num(mx["regret"], nan=np.inf), -np.nan_to_num(my["regret"], nan=np.inf)))
         equal &= b in OFFLINE or budget(x) == budget(y)
     return {
         "tasks": len(both),
-        "seeds": sum(len(x.seeds) for x, _ in both.values()),
+        "seeds": sum(min(len(x.seeds), len(y.seeds)) for x, y in both.values()),
         "final": measures.improvement(final),
-        "over_tasks": measures.improvement(final, resample_tasks=True),
+        "over_tasks": measures.improvement(final, other_tasks=True),
         "return": measures.improvement(returns),
         "regret": measures.improvement(regrets) if regrets else None,
         "equal": equal,
@@ -71,7 +75,8 @@ def same_start(x: Run, y: Run) -> bool:
     """Whether no seed tells that the two, which take up offline checkpoints of the same kind, took up different ones."""
     kinds = {ALGOS[run.name].offline if run.name in ALGOS else None for run in (x, y)}
     found = [dict(zip(run.seeds, measures.per_seed(run)["offline_return"])) for run in (x, y)]
-    return None in kinds or len(kinds) > 1 or all(found[0][seed] == found[1][seed] for seed in found[0].keys() & found[1].keys())
+    told = [(a, found[1][seed]) for seed, a in found[0].items() if seed in found[1]]
+    return None in kinds or len(kinds) > 1 or all(a == b for a, b in told if not math.isnan(a + b))  # a diverged seed does not tell
 
 
 def rank_changes(tasks: dict[str, Task], column: str, name: str = "marvel") -> list[np.ndarray]:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import csvs, figures, measures
 from results.arms import ALGOS, BUDGETS, CLAIMS, COMPARED, CONTROLS, LADDER, OFFLINE, PLAIN, RELEASE, RUNGS, title
-from results.comparisons import Task, alive, best_safe_return, comparable, compared, on_common_seeds, rank_changes
+from results.comparisons import Task, alive, best_safe_return, comparable, compared, on_common_seeds, rank_changes, within
 from results.csvs import ENVS, ROOT, Run
 from results.measures import RANKS
 
@@ -57,14 +57,8 @@ def percent(values) -> str:
     return f"{found.mean():.0%}" if found.size else "-"
 
 
-def median(values) -> str:
-    """Median over seeds, of which some may be infinite."""
-    values = values[~np.isnan(values)]
-    return number(np.sort(values)[values.size // 2]) if values.size else "-"
-
-
 def estimate(found: tuple[float, float, float]) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*found)
+    return "-" if math.isnan(found[1]) else "{:.2f} [{:.2f}, {:.2f}]".format(*found)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -83,9 +77,12 @@ def missing(present) -> list[str]:
 # ---------------------------------------------------------------- sections
 
 
+SEEDS_TO_TELL = 5  # with fewer, no interval keeps its 95%
+
+
 def verdict(low: float, high: float, null: float, seeds_per_task: float) -> str:
-    if seeds_per_task < 3:
-        return "undecided (fewer than 3 seeds)"
+    if seeds_per_task < SEEDS_TO_TELL:
+        return f"undecided (fewer than {SEEDS_TO_TELL} seeds)"
     return "supported" if low > null else "contradicted" if high < null else "undecided"
 
 
@@ -125,7 +122,7 @@ def claims(tasks: dict[str, Task]) -> list[str]:
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
     if own:
         safe = [env for env, (m, run) in own.items() if m["cost"].size and m["cost"].mean() <= run.cost_limit]
-        soon = [env for env, (m, _) in own.items() if np.median(m["episodes_to_stay"]) <= 100]
+        soon = [env for env, (m, _) in own.items() if measures.median(m["episodes_to_stay"]) <= 100]
         for claim, kept in (("Marvel ends safe", safe), ("... and stays safe after at most 100 online episodes", soon)):
             judged = "supported" if len(kept) == len(own) else "contradicted" if not kept else f"supported on {', '.join(kept)} only"
             rows.append([claim, "tasks where it holds", str(len(own)), f"{len(kept)} of {len(own)}", "-", "-", judged])
@@ -135,7 +132,8 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         "Each line compares the runs below. A claim is *supported* if the 95% interval of the bold number lies above "
         "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
-        "control proves nothing, so the controls are lines of their own. Two algorithms are compared on the seeds that both have. "
+        "control proves nothing, so the controls are lines of their own. By chance alone one line in twenty gets a "
+        "verdict. Two algorithms are compared on the seeds that both have. "
         "† the environment steps of the two differ. ‡ on a task, they start from offline checkpoints of the same seeds, but of two runs "
         "of phase 1 (see `algos/README.md`, Reading a run).",
         "",
@@ -176,8 +174,8 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "",
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
-        'violation regret), mean over tasks. 95% intervals: seeds resampled within each task; "tasks resampled": the tasks as '
-        "well. Lines over other tasks are not comparable; the tables per task follow below.",
+        'violation regret), mean over tasks. 95% intervals: by the seeds of these tasks; "other tasks": by the spread between the tasks as '
+        "well, as for the mean over many tasks of this kind. Lines over other tasks are not comparable; the tables per task follow below.",
         "",
         *markdown(
             [
@@ -186,7 +184,7 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
                 "normalised return",
                 "tasks safe",
                 "P(Marvel better), final",
-                "tasks resampled",
+                "other tasks",
                 "return",
                 "violation regret",
             ],
@@ -244,11 +242,10 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             continue
         for name, (rung, base) in steps.items():
             found = alive(runs[name])
-            within = found["cost"] <= runs[name].cost_limit
             rows.append([
-                LADDER[rung][0], RUNGS[base].title, str(within.size),
+                LADDER[rung][0], RUNGS[base].title, str(len(runs[name].seeds)),
                 " / ".join(number(measures.finite(found[f"offline_{key}"]).mean()) for key in ("return", "cost")),
-                ratio(int(within.sum()), within.size), spread(found["return"]),
+                ratio(*within(runs[name])), spread(found["return"]),
                 cost_spread(found["cost"]), cost_spread(found["early_cost"]), cost_spread(found["train_cost"]),
             ])  # fmt: skip
             shown.setdefault(env, {})[rung, base] = found
@@ -286,10 +283,9 @@ def release(tasks: dict[str, Task]) -> list[str]:
                 found, better = alive(run), {}
                 if run.name != naive:
                     better = compared({env: task}, run.name, naive)
-                within = found["cost"] <= run.cost_limit
                 rows.append([
-                    env, what, arm.title, str(within.size), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
-                    ratio(int(within.sum()), within.size), spread(found["return"]), cost_spread(found["cost"]),
+                    env, what, arm.title, str(len(run.seeds)), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
+                    ratio(*within(run)), spread(found["return"]), cost_spread(found["cost"]),
                     cost_spread(found["early_cost"]), cost_spread(found["train_cost"]), estimate(better["final"]) if better else "-",
                 ])  # fmt: skip
     if not rows:
@@ -319,11 +315,9 @@ def other_limits(runs: list[Run]) -> list[str]:
     for env, name in sorted((key for key in by if len(by[key]) > 1), key=lambda key: (envs.index(key[0]), [*ALGOS, key[1]].index(key[1]))):
         for limit, run in on_common_seeds(by[env, name], list(by[env, name])).items():
             found = alive(run)
-            within = found["cost"] <= run.cost_limit
             costs = [cost_spread(found[key]) for key in ("cost", "early_cost", "train_cost")]
-            share = ratio(int(within.sum()), within.size)
             offline = cost_spread(found["offline_cost"])
-            rows.append([env, title(name), limit, str(within.size), offline, share, spread(found["return"]), *costs])
+            rows.append([env, title(name), limit, str(len(run.seeds)), offline, ratio(*within(run)), spread(found["return"]), *costs])
     if not rows:
         return []
     header = (
@@ -352,14 +346,13 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
             first = min(run.diverged.values(), key=lambda row: row["gradient_steps"])
             rows.append([title(name), seeds, f"diverged ({first['phase']}, step {first['gradient_steps']:,})", *[""] * 13])
             continue
-        within = found["cost"] <= run.cost_limit
-        soon = " / ".join(median(found[key]) for key in ("episodes_to_safe", "episodes_to_stay"))
+        soon = " / ".join(number(measures.median(found[key])) for key in ("episodes_to_safe", "episodes_to_stay"))
         episodes = measures.finite(found["training_episodes"])
         script = ALGOS[name].script if name in ALGOS else name
         rows.append([
             title(name), seeds, spread(found["offline_return"]), cost_spread(found["offline_cost"]), spread(found["return"]),
             f"**{cost_spread(found['cost'])}**" if found["cost"].mean() <= run.cost_limit else cost_spread(found["cost"]),
-            ratio(int(within.sum()), within.size), percent(found["share_above"]), cost_spread(found["worst_tenth"]),
+            ratio(*within(run)), percent(found["share_above"]), cost_spread(found["worst_tenth"]),
             cost_spread(found["train_cost"]), cost_spread(found["early_cost"]), cost_spread(found["regret"]),
             f"{soon} of {number(episodes.max())}" if episodes.size else "-", spread(found["auc"]), spread(found["return"] / best),
             f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((script, env), 0)}",
@@ -483,11 +476,13 @@ def report(folder: Path) -> str:
         f"Settings are chosen on seeds 0 to {csvs.CHOSEN_ON[-1]} (`results/tune.py`; each try is a line of `tried.csv`) and reported on",
         f"seeds from {csvs.UNSEEN} on. The two never share a table. The last column names the commit that a row was run with, which froze",
         "its settings, and the number of settings that were tried for this script on this task.", "",
-        "Intervals are 95% studentised bootstraps over seeds (`results/measures.py`), of shares of seeds Wilson's. Those of costs are cut",
-        "off at 0. Per seed:", "",
+        "Intervals are of 95%: of means over seeds the studentised bootstrap, of shares of seeds Wilson's, of probabilities of improvement",
+        "Newcombe's (`results/measures.py`, which says how often they hold). Interquartile means and profiles have the percentile",
+        "bootstrap, which is too narrow for few seeds. Intervals of costs are cut off at 0. Per seed:", "",
         *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
         "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
-        "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, and losing every comparison", "",
+        "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, but neither safe nor better than any other",
+        "",
         "For statistics of your own, `scores/NAME.npz` has the last evaluations of an algorithm as arrays (seeds, tasks), NaN where a seed",
         "was not run or diverged; `write_scores` in `results/report.py` says what else. [rliable](https://github.com/google-research/rliable)",
         "takes them where no NaN is left:", "",
@@ -562,7 +557,7 @@ def overview(folder: Path) -> str:
         row = [env]
         for name in names:
             found = alive(runs[env, name, csvs.LIMIT])
-            row += [ratio((found["cost"] <= csvs.LIMIT).sum(), found["cost"].size), number(found["return"].mean())]
+            row += [ratio(*within(runs[env, name, csvs.LIMIT])), number(found["return"].mean())]
             row += [number(found["train_cost"].mean())] if name not in OFFLINE else []
         rows.append(row)
     header = ["task", "offline: safe", "return"]
