@@ -6,9 +6,10 @@ A try that stands in tried.csv already, with the same seeds, is not run again, s
     algo, env, arguments, seeds   what was run
     share_safe                    share of the seeds whose last evaluation costs at most the limit
     return, cost, worst_cost      of that evaluation: means over the seeds, and the largest cost of a seed
-    train_cost, first_fifth       cost per online training episode: of all of them, and of the first fifth
+    train_cost, first_fifth       `train_cost` and `early_cost` of measures.py; where a fifth of the iterations is not a whole number,
+                                  rows of commits before 2026-11-29 rounded it down
     offline_return, offline_cost  of the last evaluation before online training
-    diverged                      seeds
+    diverged                      seeds; the means are over the others
     minutes, commit               what it took (offline checkpoints that were there are not counted), and of which commit
 """
 
@@ -18,7 +19,6 @@ import fcntl
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,33 +27,25 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import csvs
+from results.comparisons import alive
 from results.csvs import CHOSEN_ON, ROOT, BadInput, Run
 
 TRIED = ROOT / "results" / "tried.csv"
 COLUMNS = (
     "algo env arguments seeds share_safe return cost worst_cost train_cost first_fifth offline_return offline_cost diverged minutes commit"
 ).split()
+MEASURED = {  # column: measure
+    "return": "return", "cost": "cost", "train_cost": "train_cost", "first_fifth": "early_cost",
+    "offline_return": "offline_return", "offline_cost": "offline_cost",
+}  # fmt: skip
 
 
 def outcome(run: Run) -> dict[str, float]:
     """The measured columns of a try (see above), over the seeds that did not diverge."""
-    finals, offline, costs = [], [], []
-    for seed in (seed for seed in run.seeds if seed not in run.diverged):
-        evals = run.of(seed, "eval")
-        finals.append((evals[-1]["return"], evals[-1]["cost"]))
-        before = [row for row in evals if row["phase"] != "online"][-1:]
-        offline += [(row["return"], row["cost"]) for row in before]
-        costs.append([row["cost"] for row in run.of(seed, "train") if row["phase"] == "online" and row["episodes"] > 0])
-    if not finals:
-        return {"diverged": len(run.diverged)}
-    returns, ends = np.array(finals).T
-    first = [c[: max(1, len(c) // 5)] for c in costs if c]
-    found = {"share_safe": float(np.mean(ends <= run.cost_limit)), "return": returns.mean(), "cost": ends.mean(), "worst_cost": ends.max()}
-    if first:
-        found |= {"train_cost": np.mean(np.concatenate(costs)), "first_fifth": np.mean(np.concatenate(first))}
-    if offline:
-        found |= dict(zip(("offline_return", "offline_cost"), np.mean(offline, 0), strict=True))
-    return {k: round(float(v), 3) for k, v in found.items()} | {"diverged": len(run.diverged)}
+    found, kept = alive(run), len(run.seeds) - len(run.diverged)
+    means = {column: found[key] for column, key in MEASURED.items() if not np.isnan(found[key]).any()} if kept else {}
+    safe = {"share_safe": np.mean(found["cost"] <= run.cost_limit), "worst_cost": found["cost"].max()} if kept else {}
+    return {k: round(float(np.mean(v)), 3) for k, v in (means | safe).items()} | {"diverged": len(run.diverged)}
 
 
 def tried(path: Path) -> set[tuple[str, ...]]:
@@ -68,14 +60,12 @@ def attempt(algo: str, env: str, arguments: list[str], seeds: range, runs: Path)
     """Runs a try; its row."""
     words = ["--env", env, "--seed", str(seeds.start), "--seeds", str(len(seeds)), "--runs", str(runs), *arguments]
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as errors:
-        code = subprocess.run([sys.executable, ROOT / "algos" / f"{algo}.py", *words], stdout=subprocess.DEVNULL, stderr=errors).returncode
-        errors.seek(0)
-        said = errors.read().strip().splitlines()[-1:]
-    if code:
-        raise BadInput(f"{algo} {env} {' '.join(arguments)}: exit code {code}: {' '.join(said)}")
-    folder = max((runs / csvs.folder(env) / algo).glob("*/config.json"), key=lambda path: path.stat().st_mtime).parent
-    run = csvs.load(folder)
+    done = subprocess.run([sys.executable, ROOT / "algos" / f"{algo}.py", *words], capture_output=True, text=True)
+    folder = Path(*(line.strip() for line in done.stdout.splitlines()[-1:]))  # a run's last line; also where every seed diverged
+    run = csvs.load(folder) if (folder / "progress.csv").exists() else None
+    if run is None or (done.returncode and len(run.diverged) < len(run.seeds)):
+        said = " ".join(done.stderr.strip().splitlines()[-1:])
+        raise BadInput(f"{algo} {env} {' '.join(arguments)}: exit code {done.returncode}: {said}")
     minutes = round((time.monotonic() - start) / 60, 2)
     return outcome(run) | {"minutes": minutes, "commit": run.about["runs"][0]["commit"]}
 
