@@ -1,13 +1,13 @@
 """The multiplier lambda of the Lagrangian: dual ascent, PID and Marvel's adaptive PID, one update per batch of episodes.
 
     d' = (1 - reserve) d                      what the controller aims at
-    c = mean cost of the newest batch of episodes, at most `cost_clip` d'
+    c = mean cost of the newest batch of episodes, at most `cost_clip` max(d', 1)
     e = c - d';  P = EMA(e)
     I <- clip(I + Ki e f, 0, max_multiplier)  f: integral_fall where e < 0, else 1
     D = max(0, EMA(c) - EMA(c) `pid_delay` updates ago)
     lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
     aPID, from the mean m and the standard deviation s of the last `gain_window` c:
-    Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d';  each within [K0 / gain_bound, K0 gain_bound]
+    Kp *= 1 + a tanh((m-d')/u);  Ki *= 1 + b (m-d')/u;  Kd *= 1 + c s/u;  u = max(d', 1);  each within [K0 / gain_bound, K0 gain_bound]
 
 Sources: PID-Lagrangian (Stooke, Achiam, Abbeel; arXiv 2007.03964), aPID (Marvel; arXiv 2412.04426). lambda counts scaled reward
 per unit of cost. With --cost-limit inf there is no constraint: lambda is 0.

@@ -6,19 +6,19 @@ checkpoint per seed; every run with the same offline arguments and dataset takes
     phase, equation                                                                            function
     1  CPQ, as tabulated in cpq.py (--offline: another algorithm)                              finetuning.pretrain
     2  y_r = r + gamma (1-term.) g (min_i Q'_i(s',a') + alpha_r h), a' ~ pi_0, h = -log pi_0   critic_loss, vpa_step
-       g = 1[Qc'(s',a') <= threshold], CPQ's gate                                              cpq.calibrated
+       g = 1[Qc'(s',a') + alpha_c h <= threshold], CPQ's gate                                  cpq.calibrated
        y_c = c + gamma (1-term.) (Qc'(s',a') + alpha_c h); pi_0 frozen                         critic_loss, vpa_step
     3  the same critics with alpha_r = alpha, the entropy weight, and alpha_c = 0              critic_loss, online_step
        maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s))     actor_loss, online_step
        d' = (1 - reserve) d;  e = min(J_c, 2 d') - d';  I <- max(0, I + f Ki e)                lagrangian.update_multiplier
        lambda = max(0, Kp EMA(e) + I + Kd D)                                                   lagrangian.update_multiplier
-       Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d'                  lagrangian.update_multiplier
+       Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d' (d' >= 1 here)   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward.
 
-Deviations, P from the paper, R from the released code, each with the arguments that undo it; --preset release undoes all at once.
-Those of phase 1 are in cpq.py.
+Deviations, P from the paper, R from the released code, each with the arguments that undo it; --preset release undoes all at once, but
+for phase 2's single step size (2) and the bound of the gains (3). Those of phase 1 are in cpq.py.
  1 (R) VPA's entropy terms are per sample, not the batch mean of the log-probability, which cannot rank actions
    (--vpa-entropy batch_mean).
  2 (P, R) VPA takes fewer and larger steps (--vpa-steps 20000 --vpa-batch-size 64), with one step size for both critics, as phase 3

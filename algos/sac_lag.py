@@ -21,7 +21,7 @@ never twice on the same costs; (3) the critics, never the policy, see what the c
 (Run's x): without it the one-step targets of Qc say nothing of where a heading leads, and PointRun does not become safe; (4)
 --termination-cost charges dying (data collection); (5) lambda rises slowly, by fixed gains: if it exceeds the scaled reward
 of a step of running before the policy has learnt to run, standing still is best, and stays so (PointRun, adaptive gains from
-kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2).
+kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2); (6) it aims at half of the limit (--reserve 0).
 """
 
 import math

@@ -15,8 +15,9 @@ Units: critics see reward * reward_scale and raw cost, so lambda counts scaled r
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the cost critic's target action is perturbed alike, so that a cost just beside the
-policy counts; (2) three times the updates of the other files, not the paper's ten per environment step, which a CPU cannot
-afford; (3) two critics, not an ensemble of ten; (4) those of marvel.py that are about phase 3, with the same switches.
+policy counts; (2) three times the updates of the other files (on AntRun twice, of half the batch), not the paper's ten per
+environment step, which a CPU cannot afford (--updates-per-iter); (3) two critics, not an ensemble of ten; (4) those of marvel.py
+that are about phase 3, with the same switches.
 """
 
 import sys
@@ -49,7 +50,8 @@ class Args(FinetuneArgs):
 
 
 SUITE = finetuning.SUITE | {"SafetyAntRun": finetuning.SUITE["SafetyAntRun"] | dict(updates_per_iter=1200, batch_size=128)}
-PRESETS = finetuning.PRESETS | {"suite": SUITE}
+RELEASE = finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(updates_per_iter=3 * finetuning.RELEASE["*"]["updates_per_iter"])}
+PRESETS = {"suite": SUITE, "release": RELEASE}
 
 
 # ---------------------------------------------------------------- losses

@@ -53,7 +53,8 @@ class Args(FinetuneArgs):
     """reward critics, drawn anew for each gradient step, whose minimum is the target (WSRL: 2 of 10)"""
 
 
-PRESETS = finetuning.PRESETS
+# Marvel's release has no warm-up, which this method is.
+PRESETS = finetuning.PRESETS | {"release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(actor_warmup=Args.actor_warmup)}}
 
 # ---------------------------------------------------------------- losses
 

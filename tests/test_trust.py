@@ -416,6 +416,12 @@ def test_the_release_preset_is_what_the_docstrings_say():
     assert logbook.parse(marvel.Args, [*words, "--reserve", "0.2"], marvel.PRESETS).reserve == 0.2
 
 
+def test_the_release_preset_leaves_a_baseline_what_it_is():
+    parsed = lambda m: logbook.parse(m.Args, ["--preset", "release", "--env", "bullet/SafetyCarRun"], m.PRESETS)
+    assert parsed(wsrl).actor_warmup == wsrl.Args.actor_warmup > 0 and parsed(wsrl).updates_per_iter == parsed(naive_o2o).updates_per_iter
+    assert parsed(so2).updates_per_iter == 3 * parsed(naive_o2o).updates_per_iter > 0
+
+
 def test_there_are_enough_cases():
     assert len(CASES) >= 60 and {case[0] for case in CASES} == set(ALGOS)
 
