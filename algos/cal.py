@@ -137,7 +137,8 @@ def online_phase(run: Run, params: dict) -> dict:
     step = partial(cal_step, threshold=threshold)
     evaluated = finetuning.of_actor(networks, args.eval_policy)
     optimizers = {"log_multiplier": optax.adam(args.multiplier_lr)}
-    return finetuning.finetune(run, start, step, finetuning.sampled(networks), evaluated, optimizers=optimizers)
+    params = finetuning.finetune(run, start, step, finetuning.sampled(networks), evaluated, optimizers=optimizers)
+    return params | {"multiplier": jnp.exp(params["log_multiplier"])}  # the controller's is not used
 
 
 def main(args: Args) -> None:

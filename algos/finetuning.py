@@ -325,8 +325,8 @@ def finetune(
         rollout, new, ended = gather(learner.params, multiplier.value, curriculum, rollout, run.keys("collect", n))
         curriculum = advance(curriculum, ended.means(), n)
         learner, multiplier, replay, info = train(learner, multiplier, replay, run.data, new, ended, run.keys("online", n), n)
-        gains = dict(zip(("kp", "ki", "kd"), multiplier.gains.T, strict=True))
-        columns = {"multiplier": multiplier.value} | gains | info  # a step that has a multiplier of its own reports it
+        controller = {"multiplier": multiplier.value} | dict(zip(("kp", "ki", "kd"), multiplier.gains.T, strict=True))
+        columns = info if "multiplier" in info else controller | info  # a step that has a multiplier of its own reports it
         log.log("online", "train", **steps, **ended.means(), **columns)
         if n in evaluate_after:
             policy = learner.params, multiplier.value

@@ -129,6 +129,12 @@ def test_progress_rows(algo, finished):
     assert (int(last["gradient_steps"]), int(last["env_steps"])) == (gradient_steps, env_steps)
     if algo == "marvel":
         assert [row["phase"] for row in table if row["event"] == "rank"] == ["offline", "vpa"]
+    online = [row for row in table if (row["phase"], row["event"]) == ("online", "train")]
+    if algo == "cal":  # its multiplier is its own: nothing of the controller's is shown or kept
+        arrays = logbook.load(folder / "checkpoint-seed0.safetensors")[0]
+        assert arrays["multiplier"] == pytest.approx(np.exp(arrays["log_multiplier"])) and not any(row["kp"] for row in online)
+    else:
+        assert all(row["kp"] for row in online)
 
 
 def shared_checkpoints(place):
