@@ -64,6 +64,8 @@ ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a p
     "gate_quantile cost_pessimism rectification init_multiplier".split()
 )
 INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
+AT_MOST_ONE = set("tau ood_fraction ood_quantile gate_quantile cloning_quantile minimum_weight frontier anchor_floor handover".split())
+BELOW_ONE = {"gamma", "reserve", "pid_decay"}  # at 1: sums without end, a limit of nothing, an average that never moves
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -159,8 +161,8 @@ def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None,
 
 
 def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
-    """BadInput unless every number that defaults to a positive one is positive (or zero where that is allowed), and every
-    integer fits JAX's 32 bits."""
+    """BadInput unless every number that defaults to a positive one is positive (or zero where that is allowed), every share is
+    one, and every integer fits JAX's 32 bits."""
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), field.default
         flag = "--" + field.name.replace("_", "-")
@@ -175,6 +177,10 @@ def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
                 raise BadInput(f"{flag} {x}: must be finite")
             if x == 0 and field.name not in ZERO_ALLOWED and default not in (0, 0.0):
                 raise BadInput(f"{flag} {x}: must be positive")
+            if x > 1 and field.name in AT_MOST_ONE:
+                raise BadInput(f"{flag} {x}: must be at most 1")
+            if x >= 1 and field.name in BELOW_ONE:
+                raise BadInput(f"{flag} {x}: must be below 1")
         if value == () and default != ():
             raise BadInput(f"{flag}: needs at least one number")
         if multiples and field.name in multiples and value % multiples[field.name]:

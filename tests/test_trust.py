@@ -337,6 +337,9 @@ def cases():
     yield "jsrl", "--stages 0", ("--stages",)
     yield "pex", "--temperature 0", ("--temperature",)
     yield "so2", "--noise -1", ("--noise",)
+    for field in sorted(logbook.AT_MOST_ONE | logbook.BELOW_ONE):
+        flag, name = f"--{field.replace('_', '-')}", next(name for name in ALGOS if hasattr(ALGOS[name].Args, field))
+        yield (name, f"{flag} 1", (flag, "below 1")) if field in logbook.BELOW_ONE else (name, f"{flag} 1.5", (flag, "at most 1"))
 
 
 CASES = list(cases())
@@ -436,6 +439,11 @@ def test_bad_input(algo, words, texts, bad_files, monkeypatch, capsys):
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1, err
     assert err.startswith("error: ") and all(text in err for text in texts), err
     assert not runs.exists()  # refused before anything was written
+
+
+def test_numbers_at_their_bound_are_taken():
+    for module in ALGOS.values():
+        logbook.check_numbers(module.Args(**dict.fromkeys(logbook.AT_MOST_ONE & module.Args.__dataclass_fields__.keys(), 1.0)))
 
 
 # ---------------------------------------------------------------- odd input that is met
