@@ -112,14 +112,15 @@ def _npz(path: Path) -> Source:
     @contextlib.contextmanager
     def opened():
         try:
-            with np.load(path) as file:
+            file = np.load(path)
+            if not isinstance(file, np.lib.npyio.NpzFile):  # np.save writes such a file, whatever it is called
+                raise ValueError("it holds one array without a name")
+            with file:
                 yield file
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
             error(path, f"not readable as a NumPy archive ({e})", mend)
 
     with opened() as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array without a name")
         names = list(file.files)
 
     def read(wanted):

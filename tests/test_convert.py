@@ -272,6 +272,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     refused("a.hdf5", b"no", "not readable as HDF5")
     refused("a.npz", b"no", "not readable as a NumPy archive")
     refused("b.npz", b"PK\x03\x04" + bytes(60), "not readable as a NumPy archive")
+    with open(tmp_path / "c.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    refused("c.npz", (tmp_path / "c.npz").read_bytes(), "it holds one array without a name); write it again with np.savez")
     refused("a.csv", b"", "its columns: none")
     refused("b.csv", b"obs_0,obs_0\n1,2\n", "two columns of one name")
     refused("c.csv", b"\xff\xfe\x00", "not readable as CSV")
