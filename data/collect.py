@@ -31,6 +31,7 @@ from tqdm import tqdm
 import envs
 from data import dsrl, public
 from data.dsrl import DatasetError
+from envs import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -266,6 +267,8 @@ def provided(name: str) -> Path:
 
 
 def main(args: Args) -> None:
+    if reference.own(args.env) and args.env not in RECIPES:  # before it is made: what that may ask for would be of no use here
+        raise DatasetError(f"{args.env}: this collects no dataset of it; {_mend(args.env)}")
     env = envs.make(args.env, privileged=True)
     if args.train:
         if env.name not in RECIPES:

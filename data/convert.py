@@ -38,6 +38,7 @@ import numpy as np
 import envs
 from data import dsrl
 from data.dsrl import Dataset, DatasetError
+from envs import reference
 
 # What a column may be called; the first that is there is taken. In a table, NAME_0, NAME_1, ... together are NAME.
 ROLES = {
@@ -498,6 +499,11 @@ def options_of(args: argparse.Namespace) -> Options:
     return Options(**values)
 
 
+def environment(name: str, horizon: int | None) -> Any:
+    """The environment that the data is of. One of the user's own ends after `horizon` steps too; the others have their own limit."""
+    return envs.make(name, horizon=horizon if reference.own(name) else None)
+
+
 def command(main: Callable[[], None]) -> None:
     """Runs `main`; bad input is one line on standard error and exit code 2."""
     try:
@@ -520,7 +526,7 @@ def main(words: list[str] | None = None) -> None:
         words_of.error(f"--to {args.to}: must be minari/NAME-v0")
     if args.out and args.out.suffix not in (".hdf5", ".h5"):
         words_of.error(f"{args.out}: must end in .hdf5")
-    env, options = envs.make(args.env) if args.env else None, options_of(args)
+    env, options = environment(args.env, args.horizon) if args.env else None, options_of(args)
     dataset, found, notes = read(args.source, options, env)
     changed = {key: value for key, value in asdict(options).items() if value}
     about = found | {"source": Path(args.source).name} | ({"converted_with": json.dumps(changed)} if changed else {})

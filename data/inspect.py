@@ -212,11 +212,11 @@ def main(words: list[str] | None = None) -> None:
     parser = convert.parser(__doc__, "data.inspect")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw returns against costs")
     args = parser.parse_args(words)
-    env, options = envs.make(args.env) if args.env else None, convert.options_of(args)
+    env, options = convert.environment(args.env, args.horizon) if args.env else None, convert.options_of(args)
     dataset, about, notes = convert.read(args.source, options, env)
     if env is None and "env" in about:
         try:
-            env = envs.make(str(about["env"]))
+            env = convert.environment(str(about["env"]), args.horizon)
         except envs.UnknownName as e:
             notes.append(f"not compared with {about['env']}: {e}")
         else:

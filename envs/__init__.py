@@ -128,14 +128,15 @@ def make(name: str, backend: str | None = None, privileged: bool = False, memory
     return Env(task, MujocoPhysics(task.model(), task.substeps, task.forward, task.tracked), backend, privileged, memory)
 
 
-def gym_make(name: str, num_envs: int | None = None, backend: str | None = None, memory: bool = False):
+def gym_make(name: str, num_envs: int | None = None, backend: str | None = None, memory: bool = False, horizon: int | None = None):
     """The same as a `gymnasium.Env`, or with `num_envs` as a `gymnasium.vector.VectorEnv`, with the cost in info["cost"] (gym.py).
 
     `memory`: observations end with what the task remembers (Run: the odometer), as this suite's policies see them by default.
+    `horizon`: as of `make`.
     """
     from envs import gym
 
-    return gym.make(name, num_envs, backend, memory)
+    return gym.make(name, num_envs, backend, memory, horizon)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,9 +21,9 @@ FINAL_OBS = "final_observation" if OLD_GYMNASIUM else "final_obs"
 
 
 @cache
-def _made(name: str, backend: str | None, memory: bool):
+def _made(name: str, backend: str | None, memory: bool, horizon: int | None):
     """(environment, jitted reset, jitted step): instances share what is compiled."""
-    env = envs.make(name, backend, memory=memory)
+    env = envs.make(name, backend, memory=memory, horizon=horizon)
     return env, jax.jit(env.reset), jax.jit(env.step)
 
 
@@ -38,9 +38,9 @@ def _checked(action, space: spaces.Box) -> np.ndarray:
     return action
 
 
-def _spec(name: str, backend: str | None, memory: bool, horizon: int) -> EnvSpec:
-    arguments = {"name": name, "backend": backend, "memory": memory}
-    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=horizon, kwargs=arguments)  # type: ignore[arg-type]
+def _spec(env, name: str, **arguments) -> EnvSpec:
+    arguments = {"name": name, **arguments}
+    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=env.horizon, kwargs=arguments)  # type: ignore[arg-type]
 
 
 class GymEnv(gymnasium.Env):
@@ -48,10 +48,10 @@ class GymEnv(gymnasium.Env):
 
     metadata = {"render_modes": []}
 
-    def __init__(self, name: str, backend: str | None = None, memory: bool = False):
-        self._env, self._reset, self._step = _made(name, backend, memory)
+    def __init__(self, name: str, backend: str | None = None, memory: bool = False, horizon: int | None = None):
+        self._env, self._reset, self._step = _made(name, backend, memory, horizon)
         self.observation_space, self.action_space = _spaces(self._env)
-        self.spec = _spec(name, backend, memory, self._env.horizon)
+        self.spec = _spec(self._env, name, backend=backend, memory=memory, horizon=horizon)
         self._state = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -79,14 +79,14 @@ class GymVectorEnv(VectorEnv):
     if not OLD_GYMNASIUM:
         metadata["autoreset_mode"] = gymnasium.vector.AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
 
-    def __init__(self, name: str, num_envs: int, backend: str | None = None, memory: bool = False):
-        self._env, self._reset, self._step = _made(name, backend, memory)
+    def __init__(self, name: str, num_envs: int, backend: str | None = None, memory: bool = False, horizon: int | None = None):
+        self._env, self._reset, self._step = _made(name, backend, memory, horizon)
         observation, action = _spaces(self._env)
         if OLD_GYMNASIUM:
             super().__init__(num_envs, observation, action)
         self.num_envs, self.single_observation_space, self.single_action_space = num_envs, observation, action
         self.observation_space, self.action_space = batch_space(observation, num_envs), batch_space(action, num_envs)
-        self.spec = _spec(name, backend, memory, self._env.horizon)
+        self.spec = _spec(self._env, name, backend=backend, memory=memory, horizon=horizon)
         self._state = None
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
@@ -121,5 +121,6 @@ class GymVectorEnv(VectorEnv):
         return self.step_wait()
 
 
-def make(name: str, num_envs: int | None, backend: str | None, memory: bool) -> GymEnv | GymVectorEnv:
-    return GymEnv(name, backend, memory) if num_envs is None else GymVectorEnv(name, num_envs, backend, memory)
+def make(name: str, num_envs: int | None, backend: str | None, memory: bool, horizon: int | None) -> GymEnv | GymVectorEnv:
+    arguments = backend, memory, horizon
+    return GymEnv(name, *arguments) if num_envs is None else GymVectorEnv(name, num_envs, *arguments)

@@ -7,6 +7,7 @@ through EGL (a GPU's, or Mesa's), else OSMesa; MUJOCO_GL=egl, osmesa or glfw dec
 `ffmpeg` if it is on the PATH, otherwise as GIF. An environment of the user's own (`module:id`) draws its own pictures.
 """
 
+import argparse
 import copy
 import functools
 import importlib
@@ -384,13 +385,18 @@ def write_with_ffmpeg(path: Path, pictures: Iterator[np.ndarray], rate: float) -
         raise RenderError(f"{path}: ffmpeg cannot write it ({' '.join(message.split())[-200:]}): try .mp4 or .gif")
 
 
-def main(name: str, paths: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Pictures of an environment under random actions: .png, .pdf and .svg trajectories, anything else a video."""
     import envs
 
-    env = envs.make(name)
+    parser = argparse.ArgumentParser(prog="python -m envs.render", description="Pictures of an environment under random actions.")
+    parser.add_argument("env", metavar="ENVIRONMENT")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help=".png, .pdf, .svg: trajectories; .mp4, .gif: a video")
+    parser.add_argument("--horizon", type=int, metavar="N", help="for an environment of your own: steps after which an episode is cut off")
+    args = parser.parse_args(words)
+    env = envs.make(args.env, horizon=args.horizon)
     policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
-    for path in paths:
+    for path in args.paths:
         draw = trajectory if Path(path).suffix in (".png", ".pdf", ".svg") else video
         print(draw(env, policy, jax.random.key(0), path))
 
@@ -398,9 +404,7 @@ def main(name: str, paths: list[str]) -> None:
 if __name__ == "__main__":
     import envs
 
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m envs.render ENVIRONMENT PATH...  (.png, .pdf, .svg: trajectories; .mp4, .gif: a video)")
     try:
-        main(sys.argv[1], sys.argv[2:])
+        main()
     except (RenderError, envs.UnknownName) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -15,7 +15,7 @@ import pytest
 
 import envs
 from algos import logbook, training
-from data import collect, dsrl
+from data import collect, convert, dsrl, inspect
 from envs import render
 from envs.reference.pool import WorkerError
 
@@ -271,8 +271,27 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     refused(name, "has no backend 'mjx': leave the backend out", backend="mjx")
     refused(write(tmp_path, module="endless", limit=None), "nothing says how long its episodes are: add --horizon N")
     assert envs.make("endless:Plain-v0", horizon=9).horizon == 9
+    refused("endless:Plain-v0", "cannot end after 0 steps", horizon=0)
     with pytest.raises(envs.UnknownName, match="module:id"):
         envs.make("Plain-v0")
+
+
+def test_every_tool_takes_the_horizon_that_the_line_asks_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name, rows = write(tmp_path, module="endless", limit=None), np.random.default_rng(0)
+    numbers = {"observations": rows.normal(size=(33, 2)), "actions": rows.uniform(-1, 1, (33, 2)), "rewards": np.zeros(33)}
+    np.savez("in.npz", **numbers, costs=np.ones(33))
+    convert.main(["in.npz", "out.hdf5", "--env", name, "--horizon", "10"])
+    inspect.main(["out.hdf5", "--env", name, "--horizon", "10"])
+    inspect.main(["out.hdf5", "--horizon", "10"])  # the file names the environment
+    assert capsys.readouterr().out.count(f"compared with {name}") == 2
+    with pytest.raises(render.RenderError, match="it draws no pictures"):  # it is made, but draws none
+        render.main([name, "out.gif", "--horizon", "10"])
+    for env in (envs.gym_make(name, horizon=10), envs.gym_make(name, 2, horizon=10)):
+        assert env.spec.max_episode_steps == 10
+    assert gymnasium.make(envs.gym_make(name, horizon=10).spec).spec.kwargs["horizon"] == 10
+    with pytest.raises(dsrl.DatasetError, match=f"^{name}: this collects no dataset of it; .*envs.Recorder"):  # no horizon would help
+        collect.main(collect.Args(env=name))
 
 
 @pytest.mark.parametrize("name, text", [("SafetyPointRun", "ends after 500 steps"), ("SafetyPointGoal1-v0", "has a horizon of its own")])

@@ -157,6 +157,8 @@ def make(name: str, backend: str | None, horizon: int | None = None) -> Referenc
 
 def _make_own(name: str, horizon: int | None) -> ReferenceEnv:
     """The environment of gymnasium's `name`, after a few steps that show whether it can be used."""
+    if horizon is not None and horizon < 1:
+        raise envs.UnknownName(f"{name} cannot end after {horizon} steps: the horizon must be positive")
     try:
         # Where Python looks for modules here, behind the working directory, which a script's path lacks.
         pool = Pool(GYMNASIUM, name, path=[os.getcwd(), *filter(None, sys.path)])
@@ -166,7 +168,8 @@ def _make_own(name: str, horizon: int | None) -> ReferenceEnv:
         raise envs.UnknownName(str(error)) from error
     if not (horizon or pool.about["horizon"]):
         raise envs.UnknownName(
-            f"{name}: nothing says how long its episodes are: add --horizon N, or max_episode_steps where it is registered"
+            f"{name}: nothing says how long its episodes are: add --horizon N (in Python: horizon=N), or max_episode_steps where it is "
+            "registered"
         )
     return ReferenceEnv(name, GYMNASIUM, pool, horizon)
 
