@@ -73,7 +73,7 @@ def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
     if args.data == "all":
         chosen = np.ones(len(split.returns), bool)
     elif args.data == "safe":
-        chosen = split.complete & (split.costs <= args.cost_limit)
+        chosen = split.safe(args.cost_limit)
     elif args.data == "best":
         chosen = dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)
     else:

@@ -68,6 +68,10 @@ class Episodes(NamedTuple):
     costs: np.ndarray  # (E,) float64; sum of raw costs, undiscounted
     lengths: np.ndarray  # (E,) int64, transitions
 
+    def safe(self, cost_limit: float) -> np.ndarray:
+        """(E,) bool: complete, and of a cost of at most `cost_limit`; what a cut-off one would have cost is not known."""
+        return self.complete & (self.costs <= cost_limit)
+
 
 _OPTIONAL = ("privileged", "next_privileged")
 _REQUIRED = tuple(key for key in Dataset._fields if key not in _OPTIONAL)
@@ -364,7 +368,7 @@ def in_safe_trajectories(dataset: Dataset, cost_limit: float, quantile: float = 
     at least the `quantile` (0 to 1) of such trajectories' returns, each counted by its length: where episodes end early, most
     trajectories are short and poor, and hold few of the transitions."""
     found = episodes(dataset)
-    safe, lengths = found.complete & (found.costs <= cost_limit), found.lengths.astype(np.int64)
+    safe, lengths = found.safe(cost_limit), found.lengths.astype(np.int64)
     if safe.any():
         safe &= found.returns >= np.quantile(np.repeat(found.returns[safe], lengths[safe]), quantile)
     return np.repeat(safe, lengths)

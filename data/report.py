@@ -39,9 +39,11 @@ def quantiles(x: np.ndarray) -> str:
 def scatter(env: str, found: dsrl.Episodes, cost_limit: float, path: Path) -> None:
     """Draws the trajectories' returns against their costs, to the PNG `path`."""
     figure, axis = plt.subplots(figsize=(5, 3.6))
-    safe = found.costs <= cost_limit
+    safe, whole = found.safe(cost_limit), found.complete
     axis.scatter(found.costs[safe], found.returns[safe], s=9, color="C2", label="safe")
-    axis.scatter(found.costs[~safe], found.returns[~safe], s=9, color="C3", label="unsafe")
+    axis.scatter(found.costs[whole & ~safe], found.returns[whole & ~safe], s=9, color="C3", label="unsafe")
+    if not whole.all():
+        axis.scatter(found.costs[~whole], found.returns[~whole], s=9, color="0.6", label="unfinished")
     axis.axvline(cost_limit, color="0.4", lw=1, ls="--", label=f"limit {cost_limit:g}")
     axis.set(xlabel="episode cost", ylabel="episode return", title=env)
     axis.legend(fontsize=8)
@@ -60,7 +62,7 @@ def main(args: Args) -> None:
     for path in sorted(HERE.rglob("*.hdf5")):
         dataset, about = dsrl.load(path)
         found, env = dsrl.episodes(dataset), path.relative_to(HERE).with_suffix("").as_posix()
-        safe = found.costs <= args.cost_limit
+        safe = found.safe(args.cost_limit)
         scatter(env, found, args.cost_limit, HERE / f"{env}.png")
         best = f"{found.returns[safe].max():.0f}" if safe.any() else "none"
         text += (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import envs
-from data import convert, dsrl, inspect
+from data import convert, dsrl, inspect, report
 
 ROOT = Path(__file__).resolve().parents[1]
 N, OBS, ACTION = 30, 3, 2
@@ -466,6 +466,17 @@ def test_inspect_prints_compares_and_draws(tmp_path, capsys):
     source = write(tmp_path / "in.npz", d4rl())
     assert run(inspect, source) is None
     assert "3 trajectories" in capsys.readouterr().out and sorted(os.listdir(tmp_path)) == ["in.npz", "plot.png"]
+
+
+def test_an_unfinished_trajectory_is_not_drawn_as_safe(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)  # keeps them
+    split = dsrl.episodes(dsrl.Dataset(*[np.zeros((N, 1))] * 3, np.zeros(N), np.ones(N), np.zeros(N, bool), np.arange(N) == 19))
+    assert split.costs.tolist() == [20, 10] and split.safe(20).tolist() == [True, False]
+    for limit, whole in ((20, "safe"), (5, "unsafe")):
+        report.scatter("", split, limit, tmp_path / "plot.png")
+        drawn = {points.get_label(): points.get_offsets().tolist() for points in figures[-1].axes[0].collections}
+        assert {label: points for label, points in drawn.items() if points} == {whole: [[20, 0]], "unfinished": [[10, 0]]}
 
 
 def test_inspect_warns_of_odd_numbers(tmp_path, capsys):
