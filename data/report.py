@@ -5,6 +5,7 @@ Of tasks whose behaviour policies alone are kept, it makes the datasets.
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def main(args: Args) -> None:
     behaviours = ""
     for path in sorted(HERE.rglob("*.hdf5")):
         dataset, about = dsrl.load(path)
+        if "policies" not in about:  # a file of the user's: the page is about those that come with the repository
+            print(f"warning: {path}: left out, as data.collect did not make it: `python -m data.inspect` describes it", file=sys.stderr)
+            continue
         found, env = dsrl.episodes(dataset), path.relative_to(HERE).with_suffix("").as_posix()
         safe = found.safe(args.cost_limit)
         scatter(env, found, args.cost_limit, HERE / f"{env}.png")

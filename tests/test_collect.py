@@ -1,5 +1,6 @@
 """Datasets made on the spot from the kept behaviour policies (data/collect.py)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import envs
-from data import collect, dsrl
+from data import collect, dsrl, report
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "SafetyPointRun"
@@ -73,6 +74,20 @@ def test_a_collection_that_stops_leaves_no_file(elsewhere, monkeypatch):
     with pytest.raises(dsrl.DatasetError, match=rf"No space left.*data.collect --env {NAME} --out FILE.*--dataset FILE"):
         collect.provided(NAME)
     assert not [name for name in left(elsewhere) if name.endswith("hdf5")]
+
+
+def test_the_page_leaves_out_files_of_the_users_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text("before\n" + "old\n".join(report.MARKS) + "after\n")
+    rows = [x if x is None else x[:1000] for x in dsrl.load(dsrl.default_path(NAME))[0]]
+    for name, about in (("Own", {}), (NAME, {"policies": json.dumps([{"cost_limit": "10.0", "env_steps": 5000}])})):
+        dsrl.save(tmp_path / f"{name}.hdf5", dsrl.Dataset(*rows), about)
+    report.main(report.Args())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'Own.hdf5'}: left out" in line and left(tmp_path) == ["Own.hdf5", "README.md", f"{NAME}.hdf5", f"{NAME}.png"]
+    page = (tmp_path / "README.md").read_text()
+    assert f"| {NAME} |" in page and "limit 10.0 at 5k steps" in page and "Own" not in page and "old" not in page
+    assert page.startswith("before\n") and page.endswith("after\n")
 
 
 MENDS = [
