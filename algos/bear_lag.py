@@ -173,8 +173,8 @@ def pretrain(run: Run) -> dict:
     """Phase 1: {"actor", "critics", "vae", "log_duals"} after BEAR-Lag, from the checkpoint of each seed; what is missing is made."""
     args, env = run.args, run.env
     networks, optimizers = training.make_networks(args, env), make_optimizers(args)
-    limit, max_qc = cost_threshold(args.cost_limit, args.gamma, env.horizon), run.max_cost / (1.0 - args.gamma)
-    step = partial(bear_step, networks=networks, optimizers=optimizers, args=args, q_thres=limit, max_qc=max_qc)
+    limit = cost_threshold(args.cost_limit, args.gamma, env.horizon)
+    step = partial(bear_step, networks=networks, optimizers=optimizers, args=args, q_thres=limit, max_qc=run.max_qc)
 
     def init(key):
         params = training.init_params(key, networks, run.critic_obs_size)

@@ -246,8 +246,8 @@ def pretrain(run: Run) -> dict:
     """Phase 1: {"actor", "critics", "vae", "log_dual"} after CPQ, from the checkpoint of each seed; what is missing is made."""
     args, env = run.args, run.env
     networks, optimizers = training.make_networks(args, env), make_optimizers(args)
-    limits, max_qc = thresholds(args.cost_limit, args.gamma, env.horizon), run.max_cost / (1.0 - args.gamma)
-    step = partial(cpq_step, networks=networks, optimizers=optimizers, args=args, limits=limits, max_qc=max_qc)
+    limits = thresholds(args.cost_limit, args.gamma, env.horizon)
+    step = partial(cpq_step, networks=networks, optimizers=optimizers, args=args, limits=limits, max_qc=run.max_qc)
 
     def init(key):
         params = training.init_params(key, networks, run.critic_obs_size)

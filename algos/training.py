@@ -143,7 +143,7 @@ class OfflineCriticArgs(OfflineArgs):
     offline_critic_lr: float = 1e-3
     """Adam step size of critics and VAE (OSRL: 1e-3)"""
     clip_cost_target: bool = True
-    """clip Qc' to [0, C/(1-gamma)], C the dataset's largest cost of a step (paper, OSRL: no)"""
+    """clip Qc' to [0, max(C/(1-gamma), termination_cost)], C the dataset's largest cost of a step (paper, OSRL: no)"""
     vae_hidden: tuple[int, ...] = (128, 128)
     """hidden layers of the VAE's encoder and decoder (OSRL: 400 400)"""
     vae_beta: float = 0.5
@@ -249,6 +249,12 @@ class Run(NamedTuple):
         found = tuple(getattr(self, name) for name in names)
         assert all(batch is not None for batch in found), names
         return found
+
+    @property
+    def max_qc(self) -> float:
+        """What costs can add up to, discounted, by which Qc' is bounded: the largest cost in every step, or one terminal step's charge."""
+        # What that step itself costs beside its charge is left out: on AntRun it would raise the bound from 100 to 101.
+        return max(self.max_cost / (1.0 - self.args.gamma), self.args.termination_cost)
 
     @property
     def critic_obs_size(self) -> int:

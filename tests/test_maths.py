@@ -14,8 +14,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+from algos import bear_lag, diagnostics, finetuning, marvel, networks, sac_lag, training
 from algos import cpq as offline
-from algos import diagnostics, finetuning, marvel, networks, sac_lag, training
 from algos.lagrangian import init_multiplier, update_multiplier
 from algos.networks import Ensemble, Networks, symlog
 from data import replay as buffer
@@ -953,6 +953,22 @@ def test_ood_penalty_as_published(variant):
     np.testing.assert_allclose(on["cost"], off["cost"], atol=1e-6)
     expected = phi @ np.float64(targets["cost"][0]) - thresholds(fixed)[1]
     assert float(off_loss - on_loss) == pytest.approx(alpha * expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("module", [offline, bear_lag])
+def test_what_costs_can_add_up_to(module, monkeypatch):
+    """C in every step, or the charge of one terminal step. The settings of every task keep the bound that their results were made with."""
+    env = SimpleNamespace(name="probe", obs_size=3, privileged_size=0, action_size=2, horizon=50)
+    monkeypatch.setattr(training, "pretrain", lambda run, algo, version, recipe, init, step, data, actor: step.keywords["max_qc"])
+
+    def bound(max_cost, **settings):
+        run = training.Run(replace(module.Args(), **settings), env, None, None, data=(), cloned=(), max_cost=max_cost)
+        return np.float32(module.pretrain(run))
+
+    assert bound(1.0) == 100 and bound(2.0, gamma=0.9) == 20
+    assert bound(1.0, termination_cost=500.0) == 500 and bound(0.0, termination_cost=5.0) == 5
+    for task in offline.SUITE.values():
+        assert bound(1.0, termination_cost=task.get("termination_cost", 0.0)) == np.float32(1.0 / (1.0 - 0.99))
 
 
 def test_cost_target_bound(variant):
