@@ -9,6 +9,7 @@ Episodes restart by themselves: `transition.next_obs` is the observation that th
 `transition.obs` is the one to act on next (the first of a new episode where the old one ended).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
+
+# Cores that this process may use: threads of C MuJoCo, processes of other simulators.
+WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_host(function: Callable, shapes: Any, *args: jax.Array) -> Any:

@@ -5,7 +5,6 @@ rounded between steps and a row's future does not depend on the batch it sits in
 returns no warm start and cannot end a step with the forward pass that Safety-Gymnasium's sensors need.
 """
 
-import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,9 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs.core import Readings, on_host
+from envs.core import WORKERS, Readings, on_host
 
 STATE = int(mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco.mjtState.mjSTATE_ACT | mujoco.mjtState.mjSTATE_WARMSTART)
-WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _loading, _loaded = threading.Lock(), []
 
 

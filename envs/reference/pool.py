@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.core import WORKERS
+
 KEPT = 128  # simulators, beyond those of the largest batch; one of Bullet takes 30 to 40 MB
-WORKERS: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerError(RuntimeError):
