@@ -8,8 +8,9 @@ Nothing here knows of any algorithm. Rows have fixed columns (absent values are 
     return, cost, length: means over those episodes, raw and undiscounted.
 
 A run that was killed goes on with `--resume`: `Logbook.run` saves the whole state between blocks, at most every
-`checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted. With
-each state the rows that it holds go to the tracker of `--track`, if there is one.
+`checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted. If other code
+takes it up, one line says so, each row names the commit that made it, and config.json describes who began the run and, under
+`resumed`, who went on. With each state the rows that it holds go to the tracker of `--track`, if there is one.
 """
 
 import ast
@@ -49,6 +50,7 @@ from envs.render import RenderError
 ROOT = Path(__file__).resolve().parents[1]
 # Where, what to replay, and how often to save: the results do not depend on these. Dataset and --init count by their files' hashes.
 NOT_CONFIGURATION = "runs eval episodes video trajectory export dataset init resume checkpoint_seconds track".split()
+MAKER = ("commit", "versions", "python", "device")  # what config.json says of the process that made the rows
 IF_GIVEN = ("horizon",)  # part of a configuration only where there is one
 COLUMNS = (
     "env algo seed phase event gradient_steps env_steps episodes return cost length return_se cost_se share_above worst_tenth "
@@ -288,6 +290,7 @@ class Logbook:
             "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip
+        made_by = self.config["commit"]  # config.json keeps the first one
         self.rows: list[dict] = []
         self._bar: typing.Any = None  # of tqdm
         self._latest: dict[str, float] = {}
@@ -302,10 +305,10 @@ class Logbook:
             self.folder = runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
             self.folder.mkdir(parents=True)
             self._open("xb")
-            self._write_config()
+        self._write_config()
         self._constant = {
             "env": env, "algo": algo, "cost_limit": config.get("cost_limit"), "config_hash": self.config["config_hash"],
-            "commit": self.config["commit"], "dataset_hash": (dataset or {}).get("sha256", "")[:12],
+            "commit": made_by, "dataset_hash": (dataset or {}).get("sha256", "")[:12],
         }  # fmt: skip
         if self._resumed is None:
             self._file.truncate(0)
@@ -350,15 +353,35 @@ class Logbook:
                 continue
             self._resumed = arrays, meta
             self._end, self._seconds, self._diverged = meta["end"], meta["seconds"], set(meta["diverged"])
-            self.config["commit"] = meta["commit"]
             self._file.truncate(self._end)
             self._file.seek(self._end)
             text = (self.folder / "progress.csv").read_text()
             self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(io.StringIO(text))]
             self.rows = [row | {"seed": int(row["seed"])} for row in self.rows]
+            self._go_on()
             print(f"resuming {self.folder} after {meta['phase']} block {meta['block']}", file=sys.stderr)
             return
         print(f"resuming {self.folder} from its start: it has no saved state yet", file=sys.stderr)
+
+    def _go_on(self) -> None:
+        """config.json keeps the process that began this run, and lists this one if its code, packages or machine are others."""
+        # The command stays this process's: it gives the same configuration, and a sweep finds its own runs by it.
+        begun, mine = json.loads((self.folder / "config.json").read_text()), {k: self.config[k] for k in MAKER}
+        later = begun.get("resumed", [])
+        last = [begun, *later][-1]
+        self.config |= {k: begun.get(k) for k in MAKER}
+        if any(last.get(k) != mine[k] for k in MAKER):
+            later = [*later, mine]
+        if later:
+            self.config["resumed"] = later
+        before = list(dict.fromkeys(row.get("commit", "") for row in self.rows))
+        if any(commit != mine["commit"] for commit in before):
+            named = " and ".join(commit or "unknown" for commit in before)
+            print(
+                f"warning: {self.folder}: the rows so far are of commit {named}, those from here on of {mine['commit'] or 'unknown'}: "
+                "for rows of one commit begin anew without --resume",
+                file=sys.stderr,
+            )
 
     def resuming(self, phase: str) -> bool:
         """Whether this run goes on in the middle of `phase`."""
@@ -393,7 +416,7 @@ class Logbook:
         path = self.folder / RESUME
         meta = {
             "phase": phase, "block": n, "end": self._end, "seconds": self._elapsed(), "diverged": sorted(self._diverged),
-            "config_hash": self.config["config_hash"], "commit": self.config["commit"], "seeds": self.seeds,
+            "config_hash": self.config["config_hash"], "seeds": self.seeds,
         }  # fmt: skip
         if path.exists():
             os.replace(path, self.folder / ("previous-" + RESUME))

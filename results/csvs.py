@@ -151,6 +151,12 @@ class Run:
     commits = property(lambda self: sorted({row["commit"] for row in self.rows if row["commit"]}))
 
     @property
+    def mixed(self) -> dict[int, list[str]]:
+        """{seed: commits in order} of the seeds whose rows are of several: --resume with other code than before."""
+        found = {seed: list(dict.fromkeys(row["commit"] or "unknown" for row in self.of(seed))) for seed in self.seeds}
+        return {seed: commits for seed, commits in found.items() if len(commits) > 1}
+
+    @property
     def unseen(self) -> bool:
         """Whether its seeds are ones that no setting was chosen on; BadInput if only some of them are."""
         unseen = [seed >= UNSEEN for seed in self.seeds]
@@ -201,6 +207,7 @@ def _normal(config: dict) -> dict:
     own = config["config"]
     seeds = list(range(own.get("seed", 0), own.get("seed", 0) + own.get("seeds", 1)))
     facts = {k: config.get(k) for k in ("command", "config_hash", "commit", "seconds", "device", "python", "versions")}
+    facts |= {"resumed": config["resumed"]} if config.get("resumed") else {}
     facts["command"] = re.sub(r" --(runs|checkpoint-seconds|track)[ =]\S+| --resume\b", "", facts["command"] or "")  # of no consequence
     return {"config": without_seeds(own), "dataset": config.get("dataset"), "runs": [{"seeds": seeds, **facts}]}
 

@@ -86,7 +86,16 @@ def cautions(baseline: Run, fresh: Run) -> list[str]:
         if run.diverged:
             where = ", ".join(f"{s} ({row['phase']}, step {row['gradient_steps']})" for s, row in sorted(run.diverged.items()))
             out.append(f"diverged in the {label}: seed {where}")
+        out += [f"in the {label} {line}" for line in mixtures(run)]
     return out
+
+
+def mixtures(run: Run) -> list[str]:
+    """A line for each sequence of commits that went on with one another's seeds."""
+    found: dict[str, list[int]] = {}
+    for seed, commits in run.mixed.items():
+        found.setdefault(" -> ".join(commits), []).append(seed)
+    return [f"seeds {_listed(seeds)} are of several commits, resumed in between: {commits}" for commits, seeds in found.items()]
 
 
 def number(x: float) -> str:
@@ -140,7 +149,7 @@ def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path) 
                 run,
                 f"seeds {_listed(run.seeds)}" + (", replaces another configuration, dataset or kind of seeds" if old else ", new"),
             )
-        print(f"{csvs.write(merged, results).relative_to(results)}: {what}")
+        print(f"{csvs.write(merged, results).relative_to(results)}: {what}", *mixtures(run), sep="\n  warning: ")
 
 
 def _listed(seeds) -> str:

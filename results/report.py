@@ -395,7 +395,8 @@ def commands(task: Task) -> list[str]:
     for name, run in task.items():
         lines.append(f"- {title(name)}, dataset {' and '.join(h or 'none' for h in run.dataset_hashes)}:")
         for part in run.about.get("runs", []):
-            made = f"seeds {' '.join(map(str, part['seeds']))}; commit {part.get('commit') or '?'}; {part.get('device')}"
+            commits = ", resumed at ".join(maker.get("commit") or "?" for maker in (part, *part.get("resumed", ())))
+            made = f"seeds {' '.join(map(str, part['seeds']))}; commit {commits}; {part.get('device')}"
             took = f"; {part['seconds']:,.0f} s" if part.get("seconds") else ""
             lines.append(f"  - `python {part.get('command')}` ({made}{took})")
         if not run.about:

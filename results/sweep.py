@@ -400,8 +400,8 @@ def parse(arguments: list[str]):
 def warn_of_other_commits(options) -> None:
     """Runs that count as done may be of older code; says so, for only the user knows whether that matters."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    commits = [config.get("commit") for _, config in csvs.folders(options.runs) if config.get("env") in options.envs]
-    others = sum(commit != git.stdout.strip() for commit in commits)
+    configs = [config for _, config in csvs.folders(options.runs) if config.get("env") in options.envs]
+    others = sum(any(made.get("commit") != git.stdout.strip() for made in (config, *config.get("resumed", ()))) for config in configs)
     if git.returncode == 0 and others:
         print(
             f"note: {others} finished run(s) in {relative(options.runs)} are of other code than this commit; "

@@ -423,6 +423,24 @@ def test_accept_merges_seeds_of_the_same_configuration_and_replaces_others(place
     assert code == 0 and out.count("same") == 4
 
 
+def test_a_row_of_mixed_code_is_told_when_accepted_compared_and_reported(place, capsys):
+    """The run was begun at one commit and went on at another (--resume)."""
+    old, new = "0" * 12, "1" * 12 + "+"
+    mixed = lambda r: r | ({"commit": new} if r["seed"] < 2 and r["phase"] == "online" else {})
+    run = make_run(seeds=3, final=650.0)
+    folder = run_folder(replace(run, rows=[mixed(r) for r in run.rows]), place / "runs", "20260101-000000")
+    config = json.loads((folder / "config.json").read_text()) | {"commit": old, "resumed": [{"commit": new}]}
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["--runs", place / "runs", "--results", place / "results"]
+    line = f"seeds 0 1 are of several commits, resumed in between: {old} -> {new}"
+    assert f"marvel: in the fresh run {line}" in run_diff(capsys, *arguments)[1]
+    assert run_diff(capsys, *arguments, "--accept") == (0, f"{ENV}/marvel.csv: seeds 0 1 2, kept 3 4\n  warning: {line}\n")
+    assert f"(seeds 0 1 2; commit {old}, resumed at {new}; None; 10 s)" in report.report(place / "results")
+    capsys.readouterr()
+    sweep.warn_of_other_commits(sweep.parse(["--runs", str(place / "runs"), "--envs", ENV]))
+    assert "1 finished run(s)" in capsys.readouterr().out
+
+
 def test_fresh_runs_of_one_configuration_are_put_together(tmp_path):
     first, second = make_run(seeds=3), make_run(seeds=2, final=100.0)
     later = csvs.Run(second.path, second.name, [r | {"seed": r["seed"] + 2} for r in second.rows], about([2, 3]))

@@ -194,6 +194,46 @@ def test_resume_never_takes_another_configuration(change, tmp_path):
     assert other.folder != log.folder and not other.resuming("online")
 
 
+def interrupted(runs, commit, monkeypatch, fail_at=3, **changes):
+    """A run of that code which stops in the middle."""
+    monkeypatch.setattr(logbook, "commit", lambda: commit)
+    log = book(runs, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=fail_at)
+    log._file.close()
+    return log
+
+
+def test_other_code_that_takes_up_a_run_says_so(tmp_path, monkeypatch, capsys):
+    """Rows name the code that made them, config.json names all, and once more resumed it forgets none."""
+    interrupted(tmp_path, "old+", monkeypatch, 2)
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(logbook.importlib.metadata, "version", lambda package: "9")
+    interrupted(tmp_path, "new", monkeypatch, 3, resume=True)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "commit old+," in line and "of new:" in line and "without --resume" in line
+    log = interrupted(tmp_path, "new", monkeypatch, 4, resume=True)
+    assert [row["commit"] for row in table(log)] == ["old+"] * 2 + ["new"] * 4
+    config = json.loads((log.folder / "config.json").read_text())
+    assert config["commit"] == "old+" and config["versions"]["jax"] != "9"
+    assert [(maker["commit"], maker["versions"]["jax"]) for maker in config["resumed"]] == [("new", "9")]
+
+
+def test_the_same_code_takes_up_a_run_without_a_word(tmp_path, monkeypatch, capsys):
+    interrupted(tmp_path, "old", monkeypatch)
+    log = interrupted(tmp_path, "old", monkeypatch, 4, resume=True)
+    assert "warning" not in capsys.readouterr().err and "resumed" not in json.loads((log.folder / "config.json").read_text())
+
+
+def test_a_run_begun_again_by_other_code_is_that_codes_alone(tmp_path, monkeypatch, capsys):
+    """There was no saved state yet."""
+    interrupted(tmp_path, "old", monkeypatch, 2, checkpoint_seconds=float("inf"))
+    log = interrupted(tmp_path, "new", monkeypatch, 3, resume=True)
+    assert "warning" not in capsys.readouterr().err
+    config = json.loads((log.folder / "config.json").read_text())
+    assert (config["commit"], config.get("resumed")) == ("new", None) and {row["commit"] for row in table(log)} == {"new"}
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     log = book(tmp_path)
     with pytest.raises(KeyboardInterrupt):
