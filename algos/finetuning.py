@@ -328,6 +328,7 @@ def finetune(
         controller = {"multiplier": multiplier.value} | dict(zip(("kp", "ki", "kd"), multiplier.gains.T, strict=True))
         columns = info if "multiplier" in info else controller | info  # a step that has a multiplier of its own reports it
         log.log("online", "train", **steps, **ended.means(), **columns)
+        log.check("online", learner)
         if n in evaluate_after:
             policy = learner.params, multiplier.value
             show("online", policy, steps["gradient_steps"], n == args.iterations, **steps, multiplier=columns["multiplier"])

@@ -390,7 +390,8 @@ class Logbook:
     def run(self, phase: str, blocks: int, carry, block, size: int = 1, unit: str = "steps"):
         """`carry = block(n, carry)` for n = 0 .. blocks, each of `size` units on the progress bar; block 0 trains nothing.
 
-        `carry` is a tuple of pytrees with leaves (seeds, ...); the first is the learner, whose numbers must stay finite.
+        `carry` is a tuple of pytrees with leaves (seeds, ...); the first is the learner, whose numbers must stay finite. A block that
+        evaluates or saves what it trained calls `check` before.
         """
         first = 0
         if self._resumed is not None:
@@ -406,7 +407,7 @@ class Logbook:
         for n in range(first, blocks + 1):
             carry = block(n, carry)
             self._bar.update(size if n else 0)
-            self._check(phase, carry[0])
+            self.check(phase, carry[0])
             if time.monotonic() - self._saved >= self._every or n == blocks:
                 self._save(phase, n, carry)
         self._bar.close()
@@ -427,7 +428,8 @@ class Logbook:
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._started
 
-    def _check(self, phase: str, learner) -> None:
+    def check(self, phase: str, learner) -> None:
+        """Ends the seeds whose numbers in `learner` (leaves (seeds, ...)) are not finite: they get no rows and no files any more."""
         ok = np.asarray(finite(learner))
         for i, seed in enumerate(self.seeds):
             if not ok[i]:
@@ -528,21 +530,24 @@ class Logbook:
             (self.folder / name).unlink(missing_ok=True)
         dataset, limit = self.config["dataset"] or {}, self._constant["cost_limit"]
         print(f"{self._constant['algo']} on {self._constant['env']}, {len(self.seeds)} seed(s), cost limit {limit:g}")
+        if self._diverged:
+            named = ", ".join(map(str, sorted(self._diverged)))
+            print(f"  diverged: {len(self._diverged)} of {len(self.seeds)} seeds, left out below: {named}")
         if dataset.get("safe_return_p90") is not None:
             print(f"  dataset: best safe return {dataset['safe_return_best']:.0f}, 90th percentile {dataset['safe_return_p90']:.0f}")
-        evals = [row for row in self.rows if row["event"] == "eval"]
+        alive = [seed for seed in self.seeds if seed not in self._diverged]
+        rows = [row for row in self.rows if row["seed"] in alive]
+        evals = [row for row in rows if row["event"] == "eval"]
         for phase in dict.fromkeys(row["phase"] for row in evals):
             of_seed = lambda seed: [row for row in evals if (row["phase"], row["seed"]) == (phase, seed)]
-            last = [of_seed(seed)[-1] for seed in self.seeds if of_seed(seed)]
-            value = lambda key: np.array([float(row[key]) for row in last])
+            last = [of_seed(seed)[-1] for seed in alive if of_seed(seed)]
+            value = lambda key: np.array([float(row.get(key, "nan")) for row in last])  # a simulator may give what is not finite
             spread = lambda key: f"{value(key).mean():8.1f} +- {value(key).std():6.1f}"
             print(f"  {phase + ':':9s} return {spread('return')}   cost {spread('cost')}")
-        train = [row for row in self.rows if row["event"] == "train" and row["phase"] == "online"]
+        train = [row for row in rows if row["event"] == "train" and row["phase"] == "online"]
         if train:
-            spent = sum(float(row["cost"]) * float(row["episodes"]) for row in train if "cost" in row) / len(self.seeds)
-            episodes = sum(float(row["episodes"]) for row in train if "episodes" in row) / len(self.seeds)
+            spent = sum(float(row["cost"]) * float(row["episodes"]) for row in train if "cost" in row) / len(alive)
+            episodes = sum(float(row["episodes"]) for row in train if "episodes" in row) / len(alive)
             print(f"  online training: {episodes:.0f} episodes per seed, cost {spent / max(episodes, 1):.1f} per episode")
-        if self._diverged:
-            print(f"  diverged: seeds {', '.join(map(str, sorted(self._diverged)))}")
         print(f"  {self.folder}")
         self._tracker.finish()

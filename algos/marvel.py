@@ -179,8 +179,7 @@ def vpa_phase(run: Run, params: dict) -> dict:
     step = partial(vpa_step, networks=networks, optimizers=optimizers, args=args, limits=limits)
     names = ("data", "cloned") if args.vpa_gate and run.cloned is not None else ("data",)
     data = run.batches(*names) if args.vpa_steps else ()
-    train = partial(training.train_on_dataset, step=step, batch_size=args.vpa_batch_size, steps=CHUNK)
-    train = vmap_seeds(train, (0, None, 0))
+    train = vmap_seeds(partial(training.train_on_dataset, step=step, batch_size=args.vpa_batch_size, steps=CHUNK), (0, None, 0))
     show = training.make_evaluator(run, lambda actor: training.evaluated_policy(networks.actor, actor, args.eval_policy))
     rank, start = rank_diagnostic(run, networks), params
     if args.critics == "fresh":
@@ -195,6 +194,7 @@ def vpa_phase(run: Run, params: dict) -> dict:
         else:
             learner, info = train(learner, data, run.keys("vpa", n))
             log.log("vpa", "train", gradient_steps=done, env_steps=0, **info)
+            log.check("vpa", learner)
             if n == blocks:
                 rank("vpa", learner.params["actor"], learner.params["critics"], done)
                 show("vpa", (learner.params["actor"],), done, True, gradient_steps=done, env_steps=0)

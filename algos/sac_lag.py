@@ -224,6 +224,7 @@ def online_phase(run: Run) -> dict:
             learner, multiplier, replay, pending, info = train(learner, multiplier, replay, pending, new, ended, run.keys("online", n))
             kp, ki, kd = multiplier.gains.T
             log.log("online", "train", **steps, **ended.means(), multiplier=multiplier.value, kp=kp, ki=ki, kd=kd, **info)
+            log.check("online", learner)
         if n in evaluate_after:
             show("online", (learner.params["actor"],), n, n == blocks, **steps, multiplier=multiplier.value)
             if args.snapshots:

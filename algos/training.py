@@ -483,6 +483,7 @@ def pretrain(
         if n:
             learner, info = train(learner, data, run.keys("offline", n))
             log.log("offline", "train", **steps, **info)
+            log.check("offline", learner)
         if n in evaluate_after:
             show("offline", (learner.params["actor"],), n * CHUNK, n == blocks, **steps)
         if n == blocks:

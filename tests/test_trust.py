@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -272,6 +273,35 @@ def test_a_diverged_seed_stops_alone(tmp_path, capsys):
     log.save_seeds([tmp_path / "0", tmp_path / "1"], {"a": final})
     assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()
     assert logbook.load(tmp_path / "0")[0]["a"] == 4.0
+
+
+def poisoned(seed):
+    """Instead of `training.train_on_dataset`: leaves the parameters as they are, but those of `seed` not finite; the loss shows nothing."""
+    stream = training.STREAMS.index("offline")
+    of_seed = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), 1))
+
+    def train(learner, data, key, **_):
+        bad = jnp.all(jax.random.key_data(key) == of_seed)
+        return learner._replace(params=jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), learner.params)), {"actor_loss": jnp.zeros(())}
+
+    return train
+
+
+def test_a_seed_that_diverges_in_the_last_step_of_a_phase_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """It is not evaluated either (HalfCheetah's returns would not be finite) and is left out of the closing means."""
+    monkeypatch.setattr(training, "train_on_dataset", poisoned(seed=1))
+    task = "SafetyHalfCheetahVelocity"
+    words = (
+        f"--env {task} --runs {tmp_path} --seeds 2 --offline-steps 500 --offline-evals 1 --eval-episodes 1 --final-eval-rounds 1 --hidden 8"
+    )
+    bc_safe.main(logbook.parse(bc_safe.Args, words.split()))
+    assert [path.name for path in (tmp_path / task / "offline").rglob("*.safetensors")] == ["seed0.safetensors"]
+    (folder,) = (tmp_path / task / "bc_safe").iterdir()
+    with open(folder / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["event"] for row in rows if row["seed"] == "1"] == ["eval", "train", "diverged"]
+    said, last = capsys.readouterr().out, [float(row["return"]) for row in rows if row["seed"] == "0" and row["event"] == "eval"][-1]
+    assert "diverged: 1 of 2 seeds, left out below: 1\n" in said and f"return {last:8.1f} +-    0.0 " in said
 
 
 def test_when_every_seed_diverges_the_run_ends(tmp_path):
