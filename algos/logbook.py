@@ -242,12 +242,10 @@ def offline_path(runs: Path, env: str, algo: str, recipe: dict, seed: int) -> Pa
     return runs / folder(env) / "offline" / algo / digest(recipe) / f"seed{seed}.safetensors"
 
 
-def load_seeds(paths: list[Path], template: dict):
-    """Of one checkpoint per seed the entries that `template` has (leaves (seeds, ...)), stacked to its shape."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), template)
-    entries = lambda arrays: {k: v for k, v in arrays.items() if k.split("/")[0] in template}
-    trees = [restore(one, entries(load(path)[0]), str(path)) for path in paths]
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+def load_seed(path: Path, template: dict):
+    """Of the checkpoint of a seed the entries that `template` has, in its structure."""
+    arrays = {k: v for k, v in load(path)[0].items() if k.split("/")[0] in template}
+    return restore(template, arrays, str(path))
 
 
 # ---------------------------------------------------------------- the run
@@ -277,6 +275,7 @@ class Logbook:
     ):  # fmt: skip
         """`dataset` and the files of `init` are described by their "path", "sha256" and whatever else there is to say."""
         self.seeds, self._every = seeds, config["checkpoint_seconds"]
+        self._training = seeds  # those that arrays (seeds, ...) are of, in this order
         dataset, init = dataset and portable(dataset), init and [portable(file) for file in init]
         runs, wants_resume, track = config["runs"] / folder(env) / algo, config["resume"], config["track"]
         config = {k: v for k, v in config.items() if k not in NOT_CONFIGURATION and (k not in IF_GIVEN or v is not None)}
@@ -385,13 +384,18 @@ class Logbook:
 
     def resuming(self, phase: str) -> bool:
         """Whether this run goes on in the middle of `phase`."""
-        return self._resumed is not None and self._resumed[1]["phase"] == phase
+        return bool(self.resumed_seeds(phase))
 
-    def run(self, phase: str, blocks: int, carry, block, size: int = 1, unit: str = "steps"):
+    def resumed_seeds(self, phase: str) -> list[int]:
+        """The seeds that were being trained, if this run goes on in the middle of `phase`; else none."""
+        meta = self._resumed[1] if self._resumed else {}
+        return meta.get("training", self.seeds) if meta.get("phase") == phase else []
+
+    def run(self, phase: str, blocks: int, carry, block, size: int = 1, unit: str = "steps", seeds: list[int] | None = None):
         """`carry = block(n, carry)` for n = 0 .. blocks, each of `size` units on the progress bar; block 0 trains nothing.
 
         `carry` is a tuple of pytrees with leaves (seeds, ...); the first is the learner, whose numbers must stay finite. A block that
-        evaluates or saves what it trained calls `check` before.
+        evaluates or saves what it trained calls `check` before. `seeds`: those that `carry` and the rows are of, if not all.
         """
         first = 0
         if self._resumed is not None:
@@ -400,6 +404,7 @@ class Logbook:
                 return carry
             carry = restore(carry, arrays, str(self.folder / RESUME))
             first, self._resumed = meta["block"] + 1, None
+        self._training = seeds or self.seeds
         width = shutil.get_terminal_size((110, 24)).columns  # tqdm's own guess is 0, an empty bar, on some pseudo-terminals
         self._bar = tqdm(
             total=blocks * size, initial=max(0, first - 1) * size, desc=phase, unit=f" {unit}", unit_scale=True, disable=None, ncols=width
@@ -411,13 +416,14 @@ class Logbook:
             if time.monotonic() - self._saved >= self._every or n == blocks:
                 self._save(phase, n, carry)
         self._bar.close()
+        self._training = self.seeds
         return carry
 
     def _save(self, phase: str, n: int, carry) -> None:
         path = self.folder / RESUME
         meta = {
             "phase": phase, "block": n, "end": self._end, "seconds": self._elapsed(), "diverged": sorted(self._diverged),
-            "config_hash": self.config["config_hash"], "seeds": self.seeds,
+            "config_hash": self.config["config_hash"], "seeds": self.seeds, "training": self._training,
         }  # fmt: skip
         if path.exists():
             os.replace(path, self.folder / ("previous-" + RESUME))
@@ -431,7 +437,7 @@ class Logbook:
     def check(self, phase: str, learner) -> None:
         """Ends the seeds whose numbers in `learner` (leaves (seeds, ...)) are not finite: they get no rows and no files any more."""
         ok = np.asarray(finite(learner))
-        for i, seed in enumerate(self.seeds):
+        for i, seed in enumerate(self._training):
             if not ok[i]:
                 arrays = flatten(jax.tree.map(lambda x: x[i], learner))
                 self._diverge(seed, phase, next(name for name, x in arrays.items() if not np.all(np.isfinite(x))))
@@ -469,8 +475,8 @@ class Logbook:
 
     def log(self, phase: str, event: str, **values) -> None:
         """Appends one row per seed; values are scalars or arrays (seeds,). Rows with no episodes are left out."""
-        values = {k: np.broadcast_to(np.asarray(v), len(self.seeds)) for k, v in values.items()}
-        for i, seed in enumerate(self.seeds):
+        values = {k: np.broadcast_to(np.asarray(v), len(self._training)) for k, v in values.items()}
+        for i, seed in enumerate(self._training):
             row = {k: v[i].item() for k, v in values.items()}
             if seed in self._diverged or row.get("episodes") == 0:
                 continue
@@ -479,10 +485,10 @@ class Logbook:
             self._write({**self._constant, "seed": seed, "phase": phase, "event": event, **row})
             if broken:
                 self._diverge(seed, phase, broken)
-        alive = [i for i, seed in enumerate(self.seeds) if seed not in self._diverged]
-        if event == "eval":
+        alive = [i for i, seed in enumerate(self._training) if seed not in self._diverged]
+        if event == "eval" and alive:
             self._latest |= {k: values[k][alive].mean() for k in ("return", "cost")}
-        if "multiplier" in values:
+        if "multiplier" in values and alive:
             self._latest["lambda"] = values["multiplier"][alive].mean()
         if self._bar is not None:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._latest.items()})
@@ -491,26 +497,31 @@ class Logbook:
         """Gradient steps of the phases before `phase`."""
         return max((int(row["gradient_steps"]) for row in self.rows if row["phase"] != phase), default=0)
 
-    def repeat(self, checkpoints: list[Path]) -> None:
-        """Writes the rows that were logged when `checkpoints` (one per seed) were made, as if they had just been made."""
-        print(f"offline phase from {checkpoints[0].parent}", file=sys.stderr)
+    def repeat(self, checkpoints: dict[int, Path]) -> None:
+        """Writes the rows that were logged when `checkpoints`, by seed, were made, as if they had just been made."""
+        of = "" if len(checkpoints) == len(self.seeds) else f" for seeds {', '.join(map(str, checkpoints))}"
+        print(f"offline phase from {next(iter(checkpoints.values())).parent}{of}", file=sys.stderr)
         if self._resumed is not None:  # they are there already
             return
-        own = [load(path)[1]["rows"] for path in checkpoints]
+        own = [load(path)[1]["rows"] for path in checkpoints.values()]
         for rows in zip(*own, strict=True):
-            for seed, row in zip(self.seeds, rows):
+            for seed, row in zip(checkpoints, rows):
                 self._write({**self._constant, "seed": seed, **row})
 
-    def save_seeds(self, paths: list[Path], tree, meta: dict | None = None) -> None:
+    def save_seeds(self, paths: list[Path], tree, meta: dict | None = None, keep: bool = False) -> None:
         """Writes one file per seed: leaf [i] of every leaf (seeds, ...) of `tree`, with the rows logged so far for that seed.
 
-        Seeds that diverged are left out.
+        Seeds that diverged are left out. `keep`: a file that is there already stays as it is.
         """
         own = set(COLUMNS) - {*self._constant, "seed"}
-        for i, (seed, path) in enumerate(zip(self.seeds, paths)):
+        for i, (seed, path) in enumerate(zip(self._training, paths, strict=True)):
             if seed in self._diverged:
                 continue
             rows = [{k: v for k, v in row.items() if k in own} for row in self.rows if row["seed"] == seed]
+            if keep and path.exists():
+                if load(path)[1]["rows"] != rows:  # or this run wrote it, and was killed before it could save its state
+                    print(f"warning: {path}: made by another run meanwhile: kept, but the rows here are of this run's", file=sys.stderr)
+                continue
             about = {**self._constant, "seed": seed, "config": self.config["config"], "rows": rows, **(meta or {})}
             save(path, jax.tree.map(lambda x: np.asarray(x[i]), tree), about)
 

@@ -456,8 +456,9 @@ def pretrain(
 ) -> dict:
     """Phase 1: (seeds, ...) parameters after `offline_steps` of `step` on the dataset, from one checkpoint per seed.
 
-    What is missing is made. A checkpoint lies under RUNS/ENV/offline/ALGO/ and is named by its recipe: the arguments in `recipe`,
-    the dataset's hash, and `version`, which is raised whenever the same arguments give other numbers.
+    Checkpoints that are there stay as they are, so that all runs start from the same ones; only the seeds that lack one are trained.
+    It lies under RUNS/ENV/offline/ALGO/ and is named by its recipe: the arguments in `recipe`, the dataset's hash, and `version`,
+    which is raised whenever the same arguments give other numbers.
 
     Args:
       init: key -> Learner.
@@ -466,12 +467,28 @@ def pretrain(
     args, log = run.args, run.log
     about = {name: asdict(args)[name] for name in recipe} | {"dataset": run.dataset_hash, "version": version}
     about |= {"horizon": args.horizon} if args.horizon else {}
-    paths = [logbook.offline_path(args.runs, run.env.name, algo, about, seed) for seed in log.seeds]
-    learner = vmap_seeds(init)(run.keys("init"))
-    if all(path.exists() for path in paths) and not log.resuming("offline"):
-        params = logbook.load_seeds(paths, learner.params)
-        log.repeat(paths)
-        return params
+    paths = {seed: logbook.offline_path(args.runs, run.env.name, algo, about, seed) for seed in log.seeds}
+    # What a resumed run was training it trains on, whoever has made a checkpoint meanwhile.
+    missing = log.resumed_seeds("offline") or [seed for seed in log.seeds if not paths[seed].exists()]
+    kept = {seed: path for seed, path in paths.items() if seed not in missing}
+    template = jax.eval_shape(init, run.roots[0]).params
+    of_seed = {seed: logbook.load_seed(path, template) for seed, path in kept.items()}
+    if kept:
+        log.repeat(kept)
+    if missing:
+        part = run._replace(roots=run.roots[jnp.array([log.seeds.index(seed) for seed in missing])])
+        trained = train_offline(part, [paths[seed] for seed in missing], missing, about, init, step, data, actor)
+        for i, seed in enumerate(missing):  # one that diverged has none
+            made = paths[seed].exists()
+            of_seed[seed] = logbook.load_seed(paths[seed], template) if made else jax.tree.map(lambda x: x[i], trained)
+    return jax.tree.map(lambda *x: jnp.stack(x), *(of_seed[seed] for seed in log.seeds))
+
+
+def train_offline(
+    run: Run, paths: list[Path], seeds: list[int], about: dict, init: Callable, step: Callable, data: tuple[Batch, ...], actor: Actor
+) -> dict:
+    """(seeds, ...) parameters of those `seeds`, of which alone the roots of `run` are, after phase 1; writes their checkpoints."""
+    args, log = run.args, run.log
     train = partial(train_on_dataset, step=step, batch_size=args.offline_batch_size, steps=CHUNK)
     train = vmap_seeds(train, (0, None, 0), donate_argnums=0)
     show = make_evaluator(run, lambda params: evaluated_policy(actor, params, args.eval_policy))
@@ -487,7 +504,8 @@ def pretrain(
         if n in evaluate_after:
             show("offline", (learner.params["actor"],), n * CHUNK, n == blocks, **steps)
         if n == blocks:
-            log.save_seeds(paths, learner.params, {"recipe": about})
+            log.save_seeds(paths, learner.params, {"recipe": about}, keep=True)
         return (learner,)
 
-    return log.run("offline", blocks, (learner,), block, CHUNK)[0].params
+    learner = vmap_seeds(init)(run.keys("init"))
+    return log.run("offline", blocks, (learner,), block, CHUNK, seeds=seeds)[0].params

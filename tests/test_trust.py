@@ -304,6 +304,73 @@ def test_a_seed_that_diverges_in_the_last_step_of_a_phase_leaves_no_checkpoint(t
     assert "diverged: 1 of 2 seeds, left out below: 1\n" in said and f"return {last:8.1f} +-    0.0 " in said
 
 
+@pytest.fixture
+def cloned(tmp_path, monkeypatch):
+    """words -> (rows by seed, arrays of each seed's checkpoint, the offline files) of a run of bc_safe.py that only pretends to train:
+    each block moves a seed's parameters by a number of its own."""
+
+    def train(learner, data, key, **_):
+        return learner._replace(params=jax.tree.map(lambda x: x + jax.random.normal(key), learner.params)), {"actor_loss": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "train_on_dataset", train)
+    monkeypatch.setattr(
+        training, "evaluate", lambda policy, key, env, n: dict.fromkeys(("return", "cost", "length"), jax.random.normal(key, (n,)))
+    )
+    small = f"--env {ENV} --runs {tmp_path} --offline-steps 1000 --offline-evals 1 --final-eval-rounds 1 --hidden 8 --checkpoint-seconds 0"
+
+    def get(words):
+        bc_safe.main(logbook.parse(bc_safe.Args, [*small.split(), *words.split()]))
+        folder = max((tmp_path / ENV / "bc_safe").iterdir())
+        with open(folder / "progress.csv", newline="") as file:
+            table = [{k: v for k, v in row.items() if k not in ("commit", "config_hash")} for row in csv.DictReader(file)]
+        seeds = {int(row["seed"]) for row in table}
+        files = {int(path.stem.removeprefix("seed")): path for path in (tmp_path / ENV / "offline").rglob("*.safetensors")}
+        arrays = {seed: logbook.load(folder / f"checkpoint-seed{seed}.safetensors")[0] for seed in seeds}
+        return {seed: [row for row in table if row["seed"] == str(seed)] for seed in seeds}, arrays, files
+
+    return get
+
+
+def test_an_offline_checkpoint_that_is_there_is_kept(cloned, capsys):
+    """Of three seeds the middle one lacks its: it alone is trained, and becomes what it would be among others."""
+    rows, arrays, files = cloned("--seeds 3")
+    before = {seed: path.read_bytes() for seed, path in files.items()}
+    files[1].unlink()
+    capsys.readouterr()
+    again = cloned("--seeds 3")
+    assert "for seeds 0, 2\n" in capsys.readouterr().err
+    assert {seed: again[2][seed].read_bytes() for seed in (0, 2)} == {seed: before[seed] for seed in (0, 2)} and again[0] == rows
+    same((0, [again[1][seed] for seed in range(3)]), (0, [arrays[seed] for seed in range(3)]))
+    same((0, [logbook.load(again[2][1])[0]]), (0, [again[1][1]]))
+    cloned("--seeds 4")
+    assert again[2][0].read_bytes() == before[0]
+
+
+def test_a_killed_run_trains_on_the_seeds_that_it_trained(cloned, monkeypatch, capsys):
+    """Seed 0 had its checkpoint when it began. Another run makes seed 2's meanwhile: that is kept, and one line says so."""
+    rows, arrays, files = cloned("--seeds 3")
+    other, meta = logbook.load(files[2])
+    files[1].unlink(), files[2].unlink()
+    save = logbook.Logbook._save
+
+    def killed(self, phase, n, carry):
+        save(self, phase, n, carry)
+        if n == 1:
+            self._file.close()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(logbook.Logbook, "_save", killed)
+        cloned("--seeds 3")
+    logbook.save(files[2], {k: x + 1 for k, x in other.items()}, meta | {"rows": meta["rows"][:-1]})
+    capsys.readouterr()
+    again = cloned("--seeds 3 --resume")
+    err = capsys.readouterr().err
+    assert "after offline block 1" in err and err.count("made by another run meanwhile") == 1 and str(files[2]) in err
+    assert again[0] == rows and files[1].exists()
+    same((0, [again[1][seed] for seed in range(3)]), (0, [arrays[0], arrays[1], {k: x + 1 for k, x in other.items()}]))
+
+
 def test_when_every_seed_diverges_the_run_ends(tmp_path):
     words = "--env SafetyPointRun --env-steps 2560 --num-envs 16 --steps-per-block 16 --updates-per-block 8 --evals 1 --eval-episodes 1 --final-eval-rounds 1 --hidden 8"
     with pytest.raises(SystemExit) as stop:
