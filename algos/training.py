@@ -349,7 +349,8 @@ def evaluation_blocks(blocks: int, n: int) -> set[int]:
 def make_evaluator(run: Run, policy: Callable) -> Callable:
     """A function that evaluates `policy(*params)` of every seed and logs what `episode_statistics` says.
 
-    The last evaluation of a phase has `final_eval_rounds` rounds of episodes. Their keys are numbered by `n` (gradient steps).
+    The last evaluation of a phase has `final_eval_rounds` rounds of episodes. Their keys are numbered from `n` on: the gradient step, or
+    the block (sac_lag.py).
     """
     args, log = run.args, run.log
     episodes = vmap_seeds(lambda params, key: evaluate(policy(*params), key, run.env, args.eval_episodes))
