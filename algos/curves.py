@@ -7,7 +7,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from algos.checkpoint import write_atomically
 
 PHASES = {"offline": "#d9d9d9", "vpa": "#cfe3f5", "online": "#ffffff"}
 TITLES = {"offline": "offline", "vpa": "pre-alignment", "online": "online"}
@@ -141,13 +142,10 @@ def save(figure, title: str, handles: list, path: Path) -> Path:
     figure.legend(handles=handles, loc="lower center", ncol=2, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, (0.1 + 0.18 * rows) / figure.get_figheight(), 1, 1))
     figure.align_ylabels()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        figure.savefig(temporary, dpi=110)
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format=path.suffix[1:]))
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
     return path
 
 
