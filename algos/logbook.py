@@ -67,6 +67,7 @@ ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a p
 )
 INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
 AT_MOST_ONE = set("tau ood_fraction ood_quantile gate_quantile cloning_quantile minimum_weight frontier anchor_floor handover".split())
+AT_LEAST_ONE = {"gain_bound", "cost_clip"}  # below: gains that cannot be what they start from, a cost that is never above d'
 BELOW_ONE = {"gamma", "reserve", "pid_decay"}  # at 1: sums without end, a limit of nothing, an average that never moves
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
@@ -181,6 +182,8 @@ def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
                 raise BadInput(f"{flag} {x}: must be positive")
             if x > 1 and field.name in AT_MOST_ONE:
                 raise BadInput(f"{flag} {x}: must be at most 1")
+            if x < 1 and field.name in AT_LEAST_ONE:
+                raise BadInput(f"{flag} {x}: must be at least 1")
             if x >= 1 and field.name in BELOW_ONE:
                 raise BadInput(f"{flag} {x}: must be below 1")
         if value == () and default != ():

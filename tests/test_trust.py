@@ -474,6 +474,8 @@ def cases():
     yield "jsrl", "--stages 0", ("--stages",)
     yield "pex", "--temperature 0", ("--temperature",)
     yield "so2", "--noise -1", ("--noise",)
+    yield "marvel", "--gain-bound 0.5", ("--gain-bound", "at least 1")
+    yield "marvel", "--cost-clip 0.5", ("--cost-clip", "at least 1")
     for field in sorted(logbook.AT_MOST_ONE | logbook.BELOW_ONE):
         flag, name = f"--{field.replace('_', '-')}", next(name for name in ALGOS if hasattr(ALGOS[name].Args, field))
         yield (name, f"{flag} 1", (flag, "below 1")) if field in logbook.BELOW_ONE else (name, f"{flag} 1.5", (flag, "at most 1"))
