@@ -123,6 +123,9 @@ PRESETS = {"suite": SUITE, "release": RELEASE}
 def prepare(algo: str, args, multiples: dict[str, int] | None = None, dataset: bool = False) -> Run:
     """Checks the arguments; environment, dataset and run folder. `dataset`: phases after the first need it, whatever replay does."""
     logbook.check_numbers(args, {"offline_steps": CHUNK} | (multiples or {}))
+    if args.iterations <= args.actor_warmup:
+        said = f"--iterations {args.iterations} --actor-warmup {args.actor_warmup}: the actor waits all the time and learns nothing online"
+        print(f"warning: {said}: raise --iterations, or lower --actor-warmup", file=sys.stderr)
     if args.init and args.offline:
         raise logbook.BadInput(f"--init {args.init} --offline {args.offline}: --init replaces the offline phase: leave one of them out")
     if not args.init:

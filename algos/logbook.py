@@ -143,7 +143,7 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
 def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
-    Exit code 2 for bad input, before anything is written; 1 if the disk is full, a simulator failed or every seed diverged.
+    Exit code 2 for bad input, before anything is written; 1 if a file cannot be written, a simulator failed or every seed diverged.
     """
     try:
         main(parse(args_class, words, presets))
@@ -156,10 +156,15 @@ def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None,
             raise
         print(f"error: {reference.failures[0]}: mend it and go on with --resume", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and error.filename is None:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}: free some space and go on with --resume", file=sys.stderr)
+        mend = "free some space and go on with --resume" if full else "name a place that can be written"
+        print(f"error: {error.filename or 'output'}: {error.strerror}: {mend}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -329,7 +334,7 @@ class Logbook:
                 config = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            if identity(config) == identity(self.config) and "seconds" not in config:
+            if identity(config) == identity(self.config) and "seconds" not in config and (path.parent / "progress.csv").exists():
                 return path.parent
         return None
 
@@ -350,6 +355,8 @@ class Logbook:
                 arrays, meta = load(path)
                 if meta["config_hash"] != self.config["config_hash"] or meta["seeds"] != self.seeds:
                     raise BadInput(f"{path}: of another configuration")
+                if meta["end"] > os.fstat(self._file.fileno()).st_size:
+                    raise BadInput(f"{path}: {self.folder / 'progress.csv'} has lost rows that it knows of")
             except (BadInput, KeyError) as error:
                 print(f"warning: {error}; using the one before", file=sys.stderr)
                 continue
@@ -430,6 +437,7 @@ class Logbook:
         }  # fmt: skip
         if path.exists():
             os.replace(path, self.folder / ("previous-" + RESUME))
+        os.fsync(self._file.fileno())  # a state must not outlive the rows that it knows of
         save(path, carry, meta)
         self._tracker.send(self.rows)
         self._saved = time.monotonic()

@@ -151,7 +151,7 @@ def replay_checkpoint(args: Args) -> None:
     if not policy.expanded(arrays, meta):
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")
     env = training.replayed_env(args, meta, privileged=policy.load_policy(args.eval).privileged_size > 0)
-    limit = meta["config"].get("cost_limit", args.cost_limit)
+    limit = training.replayed_limit(args, meta)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
     later = "cost_critics cost_pessimism symlog layer_norm temperature".split()
     own |= {name: meta["config"].get(name, getattr(args, name)) for name in later}

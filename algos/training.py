@@ -383,8 +383,16 @@ def episode_statistics(episodes: dict[str, np.ndarray], cost_limit: float) -> di
 
 def replayed_env(args, meta: dict, privileged: bool = False) -> envs.Env:
     """The environment that the policy of a checkpoint with this `meta` was trained in, on the backend of `args`."""
-    config = meta["config"]
+    logbook.check_numbers(args)
+    config, task = meta["config"], envs.TASKS.get(meta["env"])
+    if args.env not in (RunArgs.env, meta["env"], task and task.reference_id):
+        raise logbook.BadInput(f"--env {args.env} --eval {args.eval}: its policy is of {meta['env']}: leave --env out")
     return envs.make(meta["env"], args.backend, privileged, config.get("odometer", False), args.horizon or config.get("horizon"))
+
+
+def replayed_limit(args, meta: dict) -> float:
+    """The cost limit that a checkpoint is judged by: --cost-limit, or else that of its training."""
+    return args.cost_limit if args.cost_limit != RunArgs.cost_limit else meta["config"].get("cost_limit", args.cost_limit)
 
 
 def replay_checkpoint(args) -> None:
@@ -397,7 +405,7 @@ def replay_checkpoint(args) -> None:
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
-    show_episodes(args, env, policy, meta["config"].get("cost_limit", args.cost_limit))
+    show_episodes(args, env, policy, replayed_limit(args, meta))
 
 
 def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> None:

@@ -375,6 +375,9 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys):
         assert "--eval" in refused(naive_o2o, f"{run} {flag}", tmp_path, capsys)
     assert "algos/pex.py" in refused(naive_o2o, "--eval pex.safetensors", tmp_path, capsys)
     assert "run of pex.py" in refused(pex, "--eval naive.safetensors", tmp_path, capsys)
+    assert "leave --env out" in refused(naive_o2o, "--eval naive.safetensors --env SafetyCarRun", tmp_path, capsys)
+    assert "--episodes 0" in refused(naive_o2o, "--eval naive.safetensors --episodes 0", tmp_path, capsys)
+    assert "--horizon -5" in refused(naive_o2o, "--eval naive.safetensors --horizon -5", tmp_path, capsys)
 
 
 @pytest.mark.parametrize("words, text", [("--export p.txt", ".onnx"), ("--export p.onnx", "pip install onnx")])

@@ -245,6 +245,41 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert (log.folder / "progress.csv").read_bytes() == before
 
 
+def test_lost_rows_are_made_again_from_the_state_before(tmp_path, capsys):
+    """What a power cut can do to progress.csv; without it, a new run begins."""
+    log = book(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        counting(log, fail_at=3)
+    log._file.close()
+    path = log.folder / "progress.csv"
+    os.truncate(path, path.stat().st_size - 5)
+    again = book(tmp_path, resume=True)
+    err = capsys.readouterr().err
+    assert err.count("has lost rows") == 1 and "block 1" in err
+    assert counting(again).tolist() == [4.0, 4.0] and [row["cost"] for row in table(again)] == ["1", "1", "2", "2", "3", "3", "4", "4"]
+    other = book(tmp_path / "other")
+    other._file.close()
+    (other.folder / "progress.csv").unlink()
+    assert book(tmp_path / "other", resume=True).folder != other.folder
+
+
+def test_an_actor_that_only_waits_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(training, "prepare", lambda *_, **__: None)
+    finetuning.prepare("naive_o2o", naive_o2o.Args(iterations=2))
+    assert capsys.readouterr().err.count("--actor-warmup 2: the actor waits all the time") == 1
+    finetuning.prepare("naive_o2o", naive_o2o.Args(iterations=3))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runs", ["file/x", "file"])
+def test_a_place_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        logbook.command(lambda args: book(args.runs), cpq.Args, words=["--runs", str(tmp_path / runs)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and str(tmp_path / "file") in err and "a place that can be written" in err
+
+
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     log = book(tmp_path)
     with pytest.raises(KeyboardInterrupt):
