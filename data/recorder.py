@@ -36,6 +36,7 @@ class Recorder(gymnasium.Wrapper):
     - `terminated` becomes a terminal, and `truncated` a time-out, unless the step also terminated.
     - Only whole episodes are written: one that nobody finished has a low cost and would pass for safe. So the environment needs a time
       limit, if it does not always terminate (`gymnasium.wrappers.TimeLimit`).
+    - A step with a number that no dataset may hold (NaN, a negative cost) is refused at once, and its episode dropped. The whole ones stay.
     - Attributes of the file: `env` (the id, for tasks of this suite their name), `horizon` (steps until truncation, where the id's
       registration says so), `action_low` and `action_high` (per action, in the environment's units).
 
@@ -69,15 +70,16 @@ class Recorder(gymnasium.Wrapper):
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise dsrl.DatasetError(f"{env}: its actions are not bounded; give its action space finite bounds")
         self.path = Path(path)
-        self._low, self._high = low, high
+        self._low, self._high, self._size = low, high, int(np.prod(self.observation_space.shape))
         self._episodes: list[dict[str, np.ndarray]] = []  # whole ones
         self._steps: list[tuple] = []  # of the running one
         self._obs: np.ndarray | None = None  # to act on; None: no episode is running
         self._saved = 0  # episodes in the file
 
     def reset(self, **kwargs):
+        self._steps, self._obs = [], None
         obs, info = self.env.reset(**kwargs)
-        self._steps, self._obs = [], self._flat(obs)
+        self._obs = self._checked("the reset's observation", obs, self._size)
         return obs, info
 
     def step(self, action):
@@ -87,6 +89,9 @@ class Recorder(gymnasium.Wrapper):
         action = np.asarray(action)
         if action.shape != space.shape:
             raise ValueError(f"an action of shape {action.shape}: must be {space.shape}")
+        if np.isnan(action.astype(np.float64)).any():  # inf is clipped as what else is beyond the bounds
+            raise ValueError(f"an action with NaN: {' '.join(str(action).split()):.60}; mend the policy")
+        before, self._obs = self._obs, None  # until the step is in: an episode that lacks one cannot go on
         acted = np.clip(action.astype(space.dtype), space.low, space.high)
         out = self.env.step(acted)
         if len(out) == 6:
@@ -97,23 +102,25 @@ class Recorder(gymnasium.Wrapper):
                 raise dsrl.DatasetError(f"{self.env}: a step has no cost; let step() put it into info['cost'], 0 where there is none")
             cost = info["cost"]
         unit = np.clip(2 * (acted.astype(np.float64).reshape(-1) - self._low) / (self._high - self._low) - 1, -1, 1)
-        following, numbers = self._flat(obs), (np.asarray(x, np.float32).item() for x in (reward, cost))
-        self._steps.append((self._obs, following, unit.astype(np.float32), *numbers, bool(terminated)))
-        self._obs = following
+        step = f"step {len(self._steps) + 1}"
+        following = self._checked(f"{step}'s observation", obs, self._size)
+        numbers = self._checked(f"{step}'s reward", reward)[0], self._checked(f"{step}'s cost", cost, low=0)[0]
+        self._steps.append((before, following, unit.astype(np.float32), *numbers, bool(terminated)))
         if terminated or truncated:
             rows = [np.array(column) for column in zip(*self._steps)]
             episode = dict(zip(("observations", "next_observations", "actions", "rewards", "costs", "terminals"), rows))
             episode["timeouts"] = np.zeros(len(self._steps), bool)
             episode["timeouts"][-1] = not terminated
             self._episodes.append(episode)
-            self._steps, self._obs = [], None
+        else:
+            self._obs = following
         return out
 
     def save(self) -> Path:
         """Writes all whole episodes so far to `path` and returns it.
 
         Raises:
-          DatasetError: no episode has ended; the recorded numbers are no dataset (NaN, negative costs).
+          DatasetError: no episode has ended.
         """
         if not self._episodes:
             limit = "wrap the environment with gymnasium.wrappers.TimeLimit if it does not end by itself"
@@ -131,8 +138,20 @@ class Recorder(gymnasium.Wrapper):
         finally:
             super().close()
 
-    def _flat(self, obs) -> np.ndarray:
-        return np.array(obs, np.float32).reshape(-1)
+    def _checked(self, what: str, value: Any, size: int = 1, low: float = -np.inf) -> np.ndarray:
+        """`value` as (size,) float32; a DatasetError unless it is so many finite numbers, each at least `low`."""
+        try:
+            with np.errstate(all="ignore"):  # what is beyond float32's range becomes inf
+                flat = np.array(value, np.float32).reshape(-1)
+        except (TypeError, ValueError):
+            flat = np.empty(0, np.float32)
+        bad = ~np.isfinite(flat) | (flat < low)
+        if flat.size == size and not bad.any():
+            return flat
+        found = f"{flat[bad][0]} in column {bad.argmax()}" if flat.size == size > 1 else f"{' '.join(str(value).split()):.60}"
+        wanted = f"{'a finite number' if size == 1 else f'{size} finite numbers'} (float32){'' if low else ' >= 0'}"
+        mend = f"mend the environment (this episode is dropped, whole ones kept: {len(self._episodes)})"
+        raise dsrl.DatasetError(" ".join(f"{self.env}: {what} is {found}, not {wanted}; {mend}".split()))
 
     def _about(self) -> dict[str, Any]:
         about: dict[str, Any] = {"action_low": self._low.tolist(), "action_high": self._high.tolist()}

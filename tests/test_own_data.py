@@ -201,6 +201,57 @@ def test_an_error_in_the_middle_keeps_the_whole_episodes(tmp_path):
     assert len(dsrl.load(tmp_path / "c.hdf5")[0].rewards) == 5
 
 
+class Faulty(Counter):
+    """A Counter whose step number 7, the second of the second episode, has other values."""
+
+    def __init__(self, **other):
+        super().__init__()
+        self.other, self.steps = other, 0
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.steps += 1
+        other = self.other if self.steps == 7 else {}
+        info["cost"] = other.get("cost", info["cost"])
+        return other.get("obs", obs), other.get("reward", reward), terminated, truncated, info
+
+
+FAULTY = [
+    ({"reward": np.nan}, "step 2's reward is nan, not a finite number (float32); mend the environment"),
+    ({"reward": 1e39}, "step 2's reward is 1e+39, not a finite number"),
+    ({"cost": None}, "step 2's cost is None, not a finite number (float32) >= 0"),
+    ({"cost": np.ones(2)}, "step 2's cost is [1. 1.], not a finite number"),
+    ({"cost": -1.0}, "step 2's cost is -1.0, not a finite number (float32) >= 0"),
+    ({"obs": np.array([[0], [np.inf]])}, "step 2's observation is inf in column 1, not 2 finite numbers"),
+    ({"obs": np.zeros(3)}, "step 2's observation is [0. 0. 0.], not 2 finite numbers"),
+]
+
+
+@pytest.mark.parametrize("other, said", FAULTY, ids=[said.partition(",")[0] for _, said in FAULTY])
+def test_a_faulty_number_is_told_at_once_and_costs_one_episode(tmp_path, other, said):
+    with envs.Recorder(Faulty(**other), tmp_path / "c.hdf5") as env:
+        walk(env, 5)
+        walk(env, 1)
+        with pytest.raises(dsrl.DatasetError) as caught:
+            env.step(np.zeros(1))
+        assert said in str(caught.value) and "this episode is dropped, whole ones kept: 1" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        with pytest.raises(ResetNeeded):
+            env.step(np.zeros(1))
+        walk(env, 5)
+    assert dsrl.load(tmp_path / "c.hdf5")[0].observations[:, 0].tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def test_an_action_that_is_no_number_does_not_reach_the_environment(tmp_path):
+    with envs.Recorder(Counter(), tmp_path / "c.hdf5") as env:
+        walk(env, 4)
+        with pytest.raises(ValueError, match=r"an action with NaN: \[nan\]; mend the policy"):
+            env.step(np.array([np.nan]))
+        env.step(np.array([np.inf]))
+    found = dsrl.load(tmp_path / "c.hdf5")[0]
+    assert found.terminals.tolist() == [False] * 4 + [True] and found.actions[-1] == 1
+
+
 def test_a_killed_recording_leaves_no_half_file(tmp_path):
     program = "import sys; sys.path[:0] = ['tests', '.']; import os, test_own_data as t, envs; from data import dsrl\n"
     program += f"env = envs.Recorder(t.Counter(), {str(tmp_path / 'c.hdf5')!r}); t.walk(env, 5)\n"
