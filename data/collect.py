@@ -270,6 +270,8 @@ def main(args: Args) -> None:
     if reference.own(args.env) and args.env not in RECIPES:  # before it is made: what that may ask for would be of no use here
         raise DatasetError(f"{args.env}: this collects no dataset of it; {_mend(args.env)}")
     env = envs.make(args.env, privileged=True)
+    out = args.out or dsrl.default_path(env.name)
+    dsrl.check_output(out)
     if args.train:
         if env.name not in RECIPES:
             raise DatasetError(f"{env.name}: no recipe; add one to RECIPES in data/collect.py (there are {', '.join(RECIPES)})")
@@ -279,7 +281,6 @@ def main(args: Args) -> None:
     if not path.exists():
         mend = "--train trains its behaviour policies" if env.name in RECIPES else f"there are {', '.join(RECIPES)}"
         raise DatasetError(f"{path}: no such file; {mend}")
-    out = args.out or dsrl.default_path(env.name)
     dataset = collect(env, out, args.transitions, args.seed)
     print(json.dumps({"file": str(out), "MB": round(out.stat().st_size / 1e6, 1), **dsrl.describe(dataset, 20.0)}, indent=1))
 

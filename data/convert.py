@@ -524,8 +524,9 @@ def main(words: list[str] | None = None) -> None:
         words_of.error("name one output: OUT.hdf5 or --to minari/NAME-v0")
     if args.to and not args.to.startswith("minari/"):
         words_of.error(f"--to {args.to}: must be minari/NAME-v0")
-    if args.out and args.out.suffix not in (".hdf5", ".h5"):
-        words_of.error(f"{args.out}: must end in .hdf5")
+    if args.out:
+        dsrl.check_output(args.out)
+        dsrl.check_output(args.out.with_suffix(".png"), (".png",))
     env, options = environment(args.env, args.horizon) if args.env else None, options_of(args)
     dataset, found, notes = read(args.source, options, env)
     changed = {key: value for key, value in asdict(options).items() if value}

@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,6 +212,24 @@ def check(
 def default_path(env: str) -> Path:
     """The dataset that comes with the repository for a task; `python -m data.collect --env ENV` makes it anew."""
     return Path(__file__).parent / f"{env}.hdf5"
+
+
+def check_output(path: str | os.PathLike, suffixes: tuple[str, ...] = (".hdf5", ".h5")) -> None:
+    """For those who write a file after long work: a DatasetError, one line, unless one of these suffixes can be written at `path`.
+
+    Nothing is left behind, and no folder made.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise _error(path, "is a folder", f"name a file in it, {path / f'NAME{suffixes[0]}'}")
+        if path.suffix.lower() not in suffixes:
+            raise _error(path, f"its suffix is {path.suffix!r}", f"name a file that ends in {' or '.join(suffixes)}")
+        # Access rights do not tell: root has them everywhere, /proc and read-only mounts included.
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        raise _error(path, f"cannot be written ({os.strerror(error.errno or 0)})", "name a file in a folder that can be") from None
 
 
 def load(

@@ -212,6 +212,8 @@ def main(words: list[str] | None = None) -> None:
     parser = convert.parser(__doc__, "data.inspect")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw returns against costs")
     args = parser.parse_args(words)
+    if args.plot:
+        dsrl.check_output(args.plot, (".png",))
     env, options = convert.environment(args.env, args.horizon) if args.env else None, convert.options_of(args)
     dataset, about, notes = convert.read(args.source, options, env)
     if env is None and "env" in about:

@@ -48,10 +48,10 @@ class Recorder(gymnasium.Wrapper):
         """
         Args:
           env: a gymnasium environment, not a vector of them. Wrappers that reset by themselves belong around the Recorder, not inside.
-          path: the HDF5 file to write; one that exists is replaced.
+          path: the HDF5 file to write, .hdf5 or .h5; one that exists is replaced.
 
         Raises:
-          DatasetError: an environment that cannot be recorded.
+          DatasetError: an environment that cannot be recorded, or a file that cannot be written.
         """
         if isinstance(env, gymnasium.vector.VectorEnv):
             raise dsrl.DatasetError(f"{env}: a vector of environments; record one environment at a time")
@@ -69,6 +69,7 @@ class Recorder(gymnasium.Wrapper):
         low, high = (np.asarray(x, np.float64).reshape(-1) for x in (box.low, box.high))
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise dsrl.DatasetError(f"{env}: its actions are not bounded; give its action space finite bounds")
+        dsrl.check_output(path)
         self.path = Path(path)
         self._low, self._high, self._size = low, high, int(np.prod(self.observation_space.shape))
         self._episodes: list[dict[str, np.ndarray]] = []  # whole ones

@@ -115,6 +115,15 @@ def test_the_command_says_what_is_wrong_in_one_line(words, mend, tmp_path):
     assert not left(tmp_path)
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "train", None)
+    monkeypatch.setattr(collect, "collect", None)
+    for out in (tmp_path, tmp_path / "x.txt", Path("/proc/x.hdf5")):
+        with pytest.raises(dsrl.DatasetError, match=f"^{out}: .*; name a file"):
+            collect.main(collect.Args(NAME, train=True, out=out))
+    assert not left(tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted({*envs.TASKS, "SafetyPointGoal1-v0"} - collect.FALLING))
 def test_every_native_task_has_the_policies_that_make_its_dataset(name):
     """As many as the recipe has stages, for the task's observations and actions."""

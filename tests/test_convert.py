@@ -299,12 +299,24 @@ def test_the_commands_leave_exit_code_2_and_one_line(tmp_path):
     assert (code, out) == (2, "") and err.startswith(f"error: {source}: no column hazard") and len(err.splitlines()) == 1
     for module, words in (
         (convert, [source]), (convert, [source, tmp_path / "a.hdf5", "--to", "minari/a-v0"]), (convert, [source, "--to", "a-v0"]),
-        (convert, [source, tmp_path / "a.npz"]), (convert, [source, tmp_path / "a.hdf5", "--horizon", "0"]), (inspect, [source, "--what"]),
+        (convert, [source, tmp_path / "a.hdf5", "--horizon", "0"]), (inspect, [source, "--what"]),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             module.main([str(word) for word in words])
         assert stop.value.code == 2
     assert os.listdir(tmp_path) == ["in.npz"]
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "file").touch()
+    for module, *words, out, named in (
+        (convert, "a.npz", "a.npz"), (convert, "a.hdf5", "a.png"), (convert, "file/a.hdf5", "file/a.hdf5"), (convert, ".", ""),
+        (inspect, "--plot", ".", ""), (inspect, "--plot", "file/b.png", "file/b.png"), (inspect, "--plot", "b.foo", "b.foo"),
+    ):  # fmt: skip
+        message = run(module, tmp_path / "nothing.npz", *words, tmp_path / out)
+        assert message and message.startswith(f"{tmp_path / named}: ") and "; name a file" in message
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "file"]
 
 
 def test_a_killed_conversion_leaves_no_half_file(tmp_path):

@@ -302,6 +302,26 @@ def test_save_and_load_round_trip_with_identical_bytes(tmp_path):
     assert dsrl.sha256(second) != dsrl.sha256(first)
 
 
+def test_an_output_that_cannot_be_written_is_told_before(tmp_path):
+    """The last two as root, too, whom access rights do not stop."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.hdf5").mkdir()
+    for good in ("a.hdf5", "a.H5", "new/folder/a.h5"):
+        dsrl.check_output(tmp_path / good)
+    dsrl.check_output(tmp_path / "a.png", (".png",))
+    for path, said in (
+        (tmp_path / "a.txt", "its suffix is '.txt'; name a file that ends in .hdf5 or .h5"),
+        (tmp_path / "a", "its suffix is ''; name"),
+        (tmp_path / "folder.hdf5", f"is a folder; name a file in it, {tmp_path}/folder.hdf5/NAME.hdf5"),
+        (tmp_path / "file" / "a.hdf5", "cannot be written (Not a directory); name a file in a folder that can be"),
+        ("/proc/a.hdf5", "cannot be written ("),
+    ):
+        with pytest.raises(dsrl.DatasetError) as caught:
+            dsrl.check_output(path)
+        assert str(caught.value).startswith(f"{path}: {said}") and len(str(caught.value).splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.hdf5"]
+
+
 def test_sha256_of_known_bytes_and_of_no_file(tmp_path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")

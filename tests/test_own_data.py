@@ -289,6 +289,14 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_recorded(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file/c.hdf5", "c.npz", "."):
+        with pytest.raises(dsrl.DatasetError, match=f"^{tmp_path / name}: .*; name a file"):
+            envs.Recorder(Counter(), tmp_path / name)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_misuse_is_refused(tmp_path):
     env = envs.Recorder(Counter(), tmp_path / "c.hdf5")
     with pytest.raises(ResetNeeded):
