@@ -267,6 +267,8 @@ def provided(name: str) -> Path:
 
 
 def main(args: Args) -> None:
+    if args.transitions is not None and args.transitions < 1:
+        raise DatasetError(f"--transitions {args.transitions}: must be positive")
     if reference.own(args.env) and args.env not in RECIPES:  # before it is made: what that may ask for would be of no use here
         raise DatasetError(f"{args.env}: this collects no dataset of it; {_mend(args.env)}")
     env = envs.make(args.env, privileged=True)

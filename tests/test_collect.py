@@ -124,6 +124,13 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
     assert not left(tmp_path)
 
 
+@pytest.mark.parametrize("transitions", [0, -5])
+def test_a_size_that_is_none_is_refused(tmp_path, monkeypatch, transitions):
+    monkeypatch.setattr(collect, "collect", None)
+    with pytest.raises(dsrl.DatasetError, match=f"^--transitions {transitions}: must be positive$"):
+        collect.main(collect.Args(NAME, transitions, out=tmp_path / "x.hdf5"))
+
+
 @pytest.mark.parametrize("name", sorted({*envs.TASKS, "SafetyPointGoal1-v0"} - collect.FALLING))
 def test_every_native_task_has_the_policies_that_make_its_dataset(name):
     """As many as the recipe has stages, for the task's observations and actions."""
