@@ -36,6 +36,8 @@ from envs.velocity import Velocity
 COST = (0.86, 0.15, 0.13)  # red of cost steps, in both pictures
 WALL, GROUND, TILE, RING = (0.2, 0.35, 0.75, 0.45), (0.86, 0.87, 0.88, 1.0), (0.74, 0.76, 0.78, 1.0), (0.2, 0.65, 0.3, 0.5)
 RATES = 15.0, 25.0  # lowest and highest number of pictures per second
+TRAJECTORIES = (".png", ".pdf", ".svg")
+VIDEOS = (".mp4", ".gif", ".webm", ".mkv", ".mov", ".avi")  # all but GIF by ffmpeg
 SIZE, GIF_SIZE = (640, 480), (400, 300)  # width and height of a video, pixels
 
 Policy = Callable[[jax.Array, jax.Array], jax.Array]
@@ -43,6 +45,14 @@ Policy = Callable[[jax.Array, jax.Array], jax.Array]
 
 class RenderError(ValueError):
     """No picture can be made; the message is one line that names the mend."""
+
+
+def _suffixed(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
+    """The path; RenderError unless it ends in one of these. Asked before the episodes, which may be slow."""
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise RenderError(f"{path}: its suffix is {path.suffix!r}; name a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    return path
 
 
 class Rollout(NamedTuple):
@@ -110,11 +120,15 @@ def scenery(task: Task) -> Scenery:
 def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike, episodes: int = 5) -> Path:
     """Draws `episodes` episodes from above, or for Velocity tasks their velocity over time, with the cost's boundary.
 
-    Returns: the path written; the format follows its suffix (png, pdf, svg).
+    Returns: the path written; the format follows its suffix, one of TRAJECTORIES.
+
+    Raises:
+      RenderError: another suffix, or an environment that is not a native task. One line.
     """
     from matplotlib.figure import Figure
 
-    found, view, path = rollout(env, policy, key, episodes), scenery(env.task), Path(path)
+    path = _suffixed(path, TRAJECTORIES)
+    found, view = rollout(env, policy, key, episodes), scenery(env.task)
     returns, costs = (np.where(found.valid, x, 0).sum(0) for x in (found.reward, found.cost))
     limited = isinstance(env.task, Velocity)
     figure = Figure(figsize=(5, 5.5) if view.radius else (9, 3.5), layout="constrained")
@@ -288,16 +302,16 @@ def video(
     It plays in real time, or faster where that would be fewer than 15 pictures per second.
 
     Args:
-      path: where to; a GIF if it ends in .gif, or without ffmpeg.
+      path: where to, with a suffix of VIDEOS; a GIF if it ends in .gif, or without ffmpeg.
       size: width and height in pixels, even numbers; None: 640 x 480, or 400 x 300 for a GIF.
       frames: most pictures to draw; where an episode has more environment steps, several share one.
 
     Returns: the path written, with the suffix .gif where there is no ffmpeg.
 
     Raises:
-      RenderError: no OpenGL, an environment that cannot be drawn, or ffmpeg cannot write this format. One line.
+      RenderError: no OpenGL, an environment that cannot be drawn, another suffix, or ffmpeg cannot write this format. One line.
     """
-    path = Path(path)
+    path = _suffixed(path, VIDEOS)
     path = path if shutil.which("ffmpeg") else path.with_suffix(".gif")
     if reference.own(env.name):
         drawn, rate = own_pictures(env, policy, key, frames)
@@ -386,7 +400,7 @@ def write_with_ffmpeg(path: Path, pictures: Iterator[np.ndarray], rate: float) -
 
 
 def main(words: list[str] | None = None) -> None:
-    """Pictures of an environment under random actions: .png, .pdf and .svg trajectories, anything else a video."""
+    """Pictures of an environment under random actions: .png, .pdf and .svg trajectories, or a video."""
     import envs
 
     parser = argparse.ArgumentParser(prog="python -m envs.render", description="Pictures of an environment under random actions.")
@@ -394,10 +408,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("paths", metavar="PATH", nargs="+", help=".png, .pdf, .svg: trajectories; .mp4, .gif: a video")
     parser.add_argument("--horizon", type=int, metavar="N", help="for an environment of your own: steps after which an episode is cut off")
     args = parser.parse_args(words)
+    for path in args.paths:
+        _suffixed(path, TRAJECTORIES + VIDEOS)
     env = envs.make(args.env, horizon=args.horizon)
     policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
     for path in args.paths:
-        draw = trajectory if Path(path).suffix in (".png", ".pdf", ".svg") else video
+        draw = trajectory if Path(path).suffix in TRAJECTORIES else video
         print(draw(env, policy, jax.random.key(0), path))
 
 

@@ -115,6 +115,20 @@ def test_without_opengl(tmp_path, monkeypatch):
     assert len(str(caught.value).splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_an_unknown_suffix_is_refused_before_the_episodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no ffmpeg: a video was a GIF, whatever it was called
+    monkeypatch.setattr(render, "rollout", None)
+    for draw, name, said in (
+        (render.video, "a.foo", "its suffix is '.foo'; name a file that ends in .mp4, .gif, "),
+        (render.video, "a", "its suffix is ''; name"),
+        (render.trajectory, "a.foo", "its suffix is '.foo'; name a file that ends in .png, .pdf or .svg$"),
+        (lambda *args: render.main(["SafetyPointRun", str(args[-1])]), "a.foo", "its suffix is '.foo'; name a file that ends in .png, "),
+    ):
+        with pytest.raises(render.RenderError, match=f"^{tmp_path / name}: {said}"):
+            draw(None, forward, KEY, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_foreign_environment(tmp_path):
     foreign = SimpleNamespace(name="SafetyPointGoal1-v0", backend="safety-gymnasium")
     with pytest.raises(render.RenderError, match="SafetyPointGoal1-v0 on the backend safety-gymnasium"):
