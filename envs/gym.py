@@ -3,6 +3,7 @@
 Written for gymnasium 0.29 and 1.x, which differ in vector environments.
 """
 
+import operator
 from functools import cache
 
 import gymnasium
@@ -80,6 +81,8 @@ class GymVectorEnv(VectorEnv):
         metadata["autoreset_mode"] = gymnasium.vector.AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
 
     def __init__(self, name: str, num_envs: int, backend: str | None = None, memory: bool = False, horizon: int | None = None):
+        if num_envs < 1:
+            raise ValueError(f"num_envs {num_envs}: must be positive")
         self._env, self._reset, self._step = _made(name, backend, memory, horizon)
         observation, action = _spaces(self._env)
         if OLD_GYMNASIUM:
@@ -94,7 +97,11 @@ class GymVectorEnv(VectorEnv):
         if seed is None:
             seeds: list = [None] * self.num_envs if self._state is None else self._generators
         else:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            # gymnasium takes Python's integers only, others draw theirs from NumPy
+            seeds = [operator.index(seed) + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type]
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one number")
+            seeds = [x if x is None else operator.index(x) for x in seeds]
         self._generators = [x if isinstance(x, np.random.Generator) else gymnasium.utils.seeding.np_random(x)[0] for x in seeds]
         keys = jax.vmap(jax.random.key)(np.array([g.integers(2**31) for g in self._generators]))
         self._state, obs = self._reset(keys)

@@ -85,7 +85,8 @@ def test_vector_environment_runs_the_same_episodes_and_restarts():
         for i in np.flatnonzero(~(terminated | truncated)):
             assert not any(key in info and info[key][i] for key in (f"_{FINAL_OBS}", "_final_info"))
     assert ended.min() > 1
-    np.testing.assert_array_equal(vector.reset(seed=[8, 7, 6])[0][2], first)
+    for seed in ([8, 7, 6], np.array([8, 7, 6]), np.int64(4)):
+        np.testing.assert_array_equal(vector.reset(seed=seed)[0][2], first)
     assert not np.array_equal(vector.reset()[0][2], first)
 
 
@@ -131,6 +132,11 @@ def test_our_copies_of_gymnasiums_robots_are_the_installed_ones(task):
 
 
 def test_misuse_is_refused():
+    with pytest.raises(ValueError, match="^2 seeds for 3 environments: give one each, or one number$"):
+        envs.gym_make("SafetyPointRun", num_envs=3).reset(seed=[1, 2])
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"^num_envs {number}: must be positive$"):
+            envs.gym_make("SafetyPointRun", num_envs=number)
     with pytest.raises(envs.UnknownName, match="Did you mean SafetyPointRun"):
         envs.gym_make("SafetyPointRum")
     for env in (envs.gym_make("SafetyPointRun"), envs.gym_make("SafetyPointRun", num_envs=2)):
