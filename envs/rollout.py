@@ -106,7 +106,7 @@ def monte_carlo_points(
     """
     keys = jax.random.split(key, 5)
     state, obs = env.reset(jax.random.split(keys[0], n))
-    half = env.horizon // 2
+    half = max(1, env.horizon // 2)  # an episode may be one step
     leave = jax.random.randint(keys[1], (n,), 0, half)
     select = lambda where, new, old: jax.tree.map(lambda x, y: jnp.where(where.reshape((-1,) + (1,) * (x.ndim - 1)), x, y), new, old)
 

@@ -883,6 +883,13 @@ def test_monte_carlo_takes_the_recorded_action_first():
     np.testing.assert_allclose(points.costs, np.maximum(a, 0) ** 2, atol=1e-6)
 
 
+def test_monte_carlo_of_episodes_of_one_step():
+    """The point is where the episode begins, and the one step from it counts."""
+    points = rollout.monte_carlo_points(ZERO, ZERO, jax.random.key(0), probes.Constant(3.0, 0.5, 1), 4, *DISCOUNT)
+    assert (np.argmax(points.obs, -1) == 0).all()
+    np.testing.assert_allclose([points.returns, points.costs], [[0.3] * 4, [0.5] * 4], rtol=1e-6)
+
+
 def test_rank_correlations_see_the_order():
     """Critics equal to the Monte-Carlo sums rank perfectly; a reversed cost critic ranks in reverse."""
     rng = np.random.default_rng(0)
