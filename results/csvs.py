@@ -20,6 +20,16 @@ from results.arms import ALGOS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = "SafetyPointRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyAntRun".split()  # the core suite
+IDS = {  # Safety-Gymnasium's id: the task's own name, as envs.resolve has it, without importing JAX; a test compares
+    f"Safety{robot}{task}{end}": f"Safety{robot}{task}"
+    for robots, tasks, end in (
+        ("Point Car Ant", "Run", "0-v0"),
+        ("Point Car Ant", "Circle1 Circle2", "-v0"),
+        ("HalfCheetah Hopper Swimmer Walker2d Ant", "Velocity", "-v1"),
+    )
+    for robot in robots.split()
+    for task in tasks.split()
+}
 LIMIT = 20.0  # of the files without @LIMIT in their names
 CHOSEN_ON = range(10)  # seeds that settings are chosen on (results/tune.py)
 UNSEEN = 100  # results are reported on seeds from here on
@@ -45,6 +55,11 @@ class BadInput(ValueError):
 def folder(env: str) -> str:
     """Where an environment's files lie below runs/ and results/: an own one's name, module:id, is no file name everywhere."""
     return env.replace(":", "/")
+
+
+def task(name: str) -> str:
+    """The name that runs of `name` are recorded under: ids of Safety-Gymnasium and of Bullet-Safety-Gym mean a task, too."""
+    return name.removesuffix("-v0") if name.startswith("bullet/") else IDS.get(name, name)
 
 
 class Parser(argparse.ArgumentParser):

@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="CSV", help="two CSVs or run folders to compare, the baseline first")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the fresh runs are")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="where the baselines are")
-    parser.add_argument("--envs", nargs="+", help="only these tasks")
+    parser.add_argument("--envs", nargs="+", type=csvs.task, help="only these tasks")
     parser.add_argument("--algos", nargs="+", help="only these algorithms")
     parser.add_argument("--confidence", type=float, default=0.99, help="of the intervals (default 0.99: many are compared at once)")
     parser.add_argument("--margin", type=float, default=0.02, help="relative difference that is never worse nor better (default 0.02)")

@@ -133,7 +133,8 @@ def plan(options) -> tuple[list[Job], int, set]:
                 words = {"--cost-limit": f"{limit:g}"} | csvs.words(options.args)
                 for entry in options.args_for:
                     pattern, _, arguments = entry.partition("=")
-                    if fnmatch(f"{env}/{name}", pattern):
+                    place, slash, algo = pattern.rpartition("/")
+                    if fnmatch(f"{env}/{name}", csvs.task(place) + slash + algo):
                         words |= csvs.words(arguments)
                 words |= csvs.words(ALGOS[name].arguments)  # last: they are what the name means
                 have = done_seeds(env, name, words, options.runs)
@@ -355,7 +356,7 @@ def last_line(path: Path) -> str:
 
 def parse(arguments: list[str]):
     parser = csvs.Parser("Runs what is missing. @FILE reads arguments from a file, one a line.")
-    parser.add_argument("--envs", nargs="+", default=csvs.ENVS, help="tasks (default: the core suite)")
+    parser.add_argument("--envs", nargs="+", type=csvs.task, default=csvs.ENVS, help="tasks (default: the core suite)")
     parser.add_argument(
         "--algos", nargs="+", default=COMPARED, metavar="ALGO", help=f"of {' '.join(ALGOS)} (default: the first {len(COMPARED)})"
     )

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import logbook
+from envs import TASKS
 from results import arms, comparisons, csvs, diff, figures, measures, report, sweep, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,12 @@ def run_diff(capsys, *arguments):
 
 def test_columns_are_those_of_the_logbook():
     assert csvs.COLUMNS == logbook.COLUMNS
+
+
+def test_names_of_tasks_are_those_of_envs():
+    assert csvs.IDS == {task.reference_id: name for name, task in TASKS.items()}
+    assert all(csvs.task(name) == name for name in (*TASKS, "SafetyPointGoal1-v0", "own_env:Corridor-v0", "bullet/SafetyBallRun"))
+    assert csvs.task("bullet/SafetyBallRun-v0") == "bullet/SafetyBallRun"
 
 
 def test_writing_and_reading_keeps_every_value(tmp_path):
@@ -871,6 +878,19 @@ def test_printed_jobs_count_as_done_when_run_by_hand(tmp_path, fakes, capsys):
     assert "0 job(s) to run, 8 done" in capsys.readouterr().out
 
 
+def test_an_id_of_safety_gymnasium_is_the_task(tmp_path, fakes, capsys):
+    """Runs are recorded under the task's own name, whatever name asked for them."""
+    sweep.main([*fakes, "--envs", ENV, "--algos", "sac_lag", "--args=--sleep 0"])
+    capsys.readouterr()
+    by_id = [*fakes, "--envs", f"{ENV}0-v0", "--algos", "sac_lag", f"--args-for={ENV}0-v0/*=--sleep 0"]
+    assert sweep.main([*by_id, "--dry-run"]) == 0
+    assert "0 job(s) to run, 1 done" in capsys.readouterr().out
+    csvs.write(make_run(), tmp_path / "results")
+    run_folder(make_run(), tmp_path / "again")
+    code, out = run_diff(capsys, "--runs", tmp_path / "again", "--results", tmp_path / "results", "--envs", f"{ENV}0-v0")
+    assert code == 0 and f"{ENV} marvel" in out
+
+
 def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
     sweep.main([*fakes, "--envs", "EnvA", "--algos", "sac_lag"])
     fakes[-1] = "5"
@@ -1070,7 +1090,7 @@ def test_a_try_of_which_every_seed_diverged_is_an_outcome(tmp_path, monkeypatch,
 
 def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     done, tries, out = [], tmp_path / "tries.txt", tmp_path / "tried.csv"
-    tries.write_text(f"marvel {ENV} --reserve 0.5  # a comment\n\nmarvel {ENV}\n")
+    tries.write_text(f"marvel {ENV} --reserve 0.5  # a comment\n\nmarvel {ENV}0-v0\n")
 
     def attempt(algo, env, arguments, seeds, runs):
         done.append(arguments)
