@@ -27,6 +27,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -293,7 +294,7 @@ class Logbook:
         self.config = {
             "algo": algo, "env": env, "config": config, "config_hash": digest(config), "commit": commit(), "dataset": dataset,
             "init": init,
-            "command": " ".join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "command": shlex.join([f"algos/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "versions": {p: importlib.metadata.version(p) for p in packages},
             "python": sys.version.split()[0], "device": jax.devices()[0].device_kind,
         }  # fmt: skip

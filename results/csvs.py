@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ IDS = {  # Safety-Gymnasium's id: the task's own name, as envs.resolve has it, w
 }
 LIMIT = 20.0  # of the files without @LIMIT in their names
 CHOSEN_ON = range(10)  # seeds that settings are chosen on (results/tune.py)
+NO_MATTER = ("--runs", "--checkpoint-seconds", "--track", "--resume")  # arguments that no result depends on
 UNSEEN = 100  # results are reported on seeds from here on
 
 COLUMNS = (  # those of algos/logbook.py; a test compares
@@ -223,8 +225,17 @@ def _normal(config: dict) -> dict:
     seeds = list(range(own.get("seed", 0), own.get("seed", 0) + own.get("seeds", 1)))
     facts = {k: config.get(k) for k in ("command", "config_hash", "commit", "seconds", "device", "python", "versions")}
     facts |= {"resumed": config["resumed"]} if config.get("resumed") else {}
-    facts["command"] = re.sub(r" --(runs|checkpoint-seconds|track)[ =]\S+| --resume\b", "", facts["command"] or "")  # of no consequence
+    facts["command"] = _that_matters(facts["command"] or "")
     return {"config": without_seeds(own), "dataset": config.get("dataset"), "runs": [{"seeds": seeds, **facts}]}
+
+
+def _that_matters(command: str) -> str:
+    """The command without the arguments of NO_MATTER."""
+    kept, dropped = [], False
+    for token in split(command):
+        dropped = token.partition("=")[0].replace("_", "-") in NO_MATTER or dropped and not token.startswith("--")
+        kept += [] if dropped else [token]
+    return shlex.join(kept)
 
 
 def without_seeds(config: dict) -> dict:
@@ -232,22 +243,30 @@ def without_seeds(config: dict) -> dict:
     return {k: v for k, v in config.items() if k not in ("seed", "seeds")}
 
 
-def words(arguments: str | list[str]) -> dict[str, str]:
-    """Command-line arguments as {"--flag": "value value"}; the last of a repeated flag counts."""
+def split(text: str) -> list[str]:
+    """The words of a command line; runs of commits before 2026-11-29 recorded theirs without quotes."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return text.split()
+
+
+def words(arguments: str) -> dict[str, str]:
+    """Command-line arguments as {"--flag": "value value"}, quoted as for a shell; the last of a repeated flag counts."""
     out, flag = {}, ""
-    for token in arguments.split() if isinstance(arguments, str) else arguments:
+    for token in split(arguments):
         if token.startswith("--"):
-            flag, _, value = token.partition("=")
+            flag, equals, value = token.partition("=")
             flag = flag.replace("_", "-")
-            out[flag] = value
+            out[flag] = shlex.quote(value) if equals else ""
         elif flag:
-            out[flag] = f"{out[flag]} {token}".strip()
+            out[flag] = f"{out[flag]} {shlex.quote(token)}".strip()
     return out
 
 
 def same_value(a: str, b: str) -> bool:
-    """Whether two values of an argument mean the same: 20 and 20.0 do."""
-    left, right = a.split(), b.split()
+    """Whether two values of an argument mean the same: 20 and 20.0 do, and a path with spaces that was recorded without quotes."""
+    left, right = (" ".join(split(text)).split() for text in (a, b))
     return len(left) == len(right) and all(x == y or _number(x) == _number(y) is not None for x, y in zip(left, right))
 
 

@@ -37,15 +37,7 @@ from results import csvs
 from results.arms import ALGOS, COMPARED
 from results.csvs import ROOT
 
-NOT_ARGUMENTS = (
-    "--env",
-    "--seed",
-    "--seeds",
-    "--runs",
-    "--resume",
-    "--checkpoint-seconds",
-    "--track",
-)  # compared otherwise, or of no consequence
+NOT_ARGUMENTS = ("--env", "--seed", "--seeds", *csvs.NO_MATTER)  # compared otherwise, or of no consequence
 POLL = 0.2  # seconds between two looks at what runs
 
 
@@ -78,11 +70,11 @@ class Job:
         return offline(self.env, self.name, self.limit, self.seeds)
 
     def command(self, python: str) -> list[str]:
-        words = {"--env": self.env, "--seed": str(self.seeds[0]), "--seeds": str(len(self.seeds)), **dict(self.arguments)}
+        words = {"--env": shlex.quote(self.env), "--seed": str(self.seeds[0]), "--seeds": str(len(self.seeds)), **dict(self.arguments)}
         if self.runs != ROOT / "runs":
-            words["--runs"] = relative(self.runs)
+            words["--runs"] = shlex.quote(relative(self.runs))
         script = relative(self.scripts / f"{ALGOS[self.name].script}.py")
-        return [python, script, "--resume", *(token for flag, value in words.items() for token in (flag, *value.split()))]
+        return [python, script, "--resume", *(token for flag, value in words.items() for token in (flag, *shlex.split(value)))]
 
 
 def offline(env: str, name: str, limit: float, seeds) -> frozenset:
@@ -395,6 +387,11 @@ def parse(arguments: list[str]):
     for entry in options.args_for:
         if "=" not in entry:
             parser.error(f"--args-for {entry}: must be PATTERN=ARGS")
+    for where, text in (("--args", options.args), *(("--args-for", entry.partition("=")[2]) for entry in options.args_for)):
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            parser.error(f"{where} {text}: {str(error).lower()}: close the quotes")
     return options
 
 

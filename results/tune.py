@@ -88,7 +88,7 @@ def main() -> int:
             continue
         algo, env, *arguments = words + shlex.split(options.common)
         env = csvs.task(env)
-        key = (algo, env, " ".join(arguments), f"{seeds[0]}-{seeds[-1]}")
+        key = (algo, env, shlex.join(arguments), f"{seeds[0]}-{seeds[-1]}")
         if key in tried(options.out):
             continue
         try:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,22 @@ def test_names_of_tasks_are_those_of_envs():
     assert csvs.IDS == {task.reference_id: name for name, task in TASKS.items()}
     assert all(csvs.task(name) == name for name in (*TASKS, "SafetyPointGoal1-v0", "own_env:Corridor-v0", "bullet/SafetyBallRun"))
     assert csvs.task("bullet/SafetyBallRun-v0") == "bullet/SafetyBallRun"
+
+
+def test_a_command_is_recorded_as_a_shell_reads_it(tmp_path, monkeypatch):
+    words = ["--dataset", "my data.hdf5", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/algos/cpq.py", *words])
+    book = logbook.Logbook("cpq", ENV, {"checkpoint_seconds": 60.0, "runs": tmp_path, "resume": False, "track": "none"}, [0])
+    assert shlex.split(json.loads((book.folder / "config.json").read_text())["command"]) == ["algos/cpq.py", *words]
+
+
+@pytest.mark.parametrize("place", ["'/my work/runs'", "/my work/runs", "/john's/runs"])  # the last two as they were recorded once
+def test_what_a_baseline_says_of_its_command(tmp_path, place):
+    folder = run_folder(make_run(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    command = f"algos/marvel.py --resume --env X --runs {place} --dataset a.hdf5 --checkpoint-seconds=5 --reserve 0 --track wandb"
+    (folder / "config.json").write_text(json.dumps(config | {"command": command}))
+    assert csvs.load(folder).about["runs"][0]["command"] == "algos/marvel.py --env X --dataset a.hdf5 --reserve 0"
 
 
 def test_writing_and_reading_keeps_every_value(tmp_path):
@@ -778,7 +795,7 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path, monkeyp
 # ---------------------------------------------------------------- sweep
 
 FAKE = """
-import json, os, sys, time
+import json, os, shlex, sys, time
 from pathlib import Path
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 assert sys.argv[1] == "--resume"
@@ -799,7 +816,7 @@ time.sleep(float(words.get("--sleep", 0.1)))
 folder = runs / env / algo / f"{time.time_ns()}-{os.getpid()}"
 folder.mkdir(parents=True)
 config = {"critics": words.get("--critics", "pretrained"), "cost_limit": float(words["--cost-limit"]), "seed": first, "seeds": n}
-command = " ".join(["algos/" + algo + ".py", *sys.argv[1:]])
+command = shlex.join(["algos/" + algo + ".py", *sys.argv[1:]])
 about = {"algo": algo, "env": env, "config": config, "command": command, "dataset": None}
 (folder / "progress.csv").write_text("")
 print("end", algo, env, first, n, os.getpid(), file=journal)
@@ -889,6 +906,21 @@ def test_an_id_of_safety_gymnasium_is_the_task(tmp_path, fakes, capsys):
     run_folder(make_run(), tmp_path / "again")
     code, out = run_diff(capsys, "--runs", tmp_path / "again", "--results", tmp_path / "results", "--envs", f"{ENV}0-v0")
     assert code == 0 and f"{ENV} marvel" in out
+
+
+def test_paths_with_spaces_stay_whole(tmp_path, fakes, capsys):
+    (tmp_path / "my runs").mkdir()
+    one = [*fakes, "--runs", str(tmp_path / "my runs"), "--envs", "EnvA", "--algos", "sac_lag", "--args=--dataset '/my work/own.hdf5'"]
+    sweep.main([*one, "--print-jobs"])
+    line = capsys.readouterr().out
+    assert {"/my work/own.hdf5", str(tmp_path / "my runs")} <= set(shlex.split(line))
+    subprocess.run(line, shell=True, check=True, cwd=ROOT)
+    (config,) = (tmp_path / "my runs").glob("EnvA/sac_lag/*/config.json")
+    about = json.loads(config.read_text())
+    for command in (about["command"], about["command"].replace("'", "")):  # as it was recorded once
+        config.write_text(json.dumps(about | {"command": command}))
+        assert sweep.main([*one, "--dry-run"]) == 0
+        assert "0 job(s) to run, 1 done" in capsys.readouterr().out
 
 
 def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
@@ -995,6 +1027,7 @@ def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path,
         (["--parallel", "-1"], "--parallel -1"),
         (["--gpus", "-1"], "--gpus -1.0"),
         (["--args-for=x"], "--args-for x: must be PATTERN=ARGS"),
+        (["--args=--dataset 'my data.hdf5"], "--args --dataset 'my data.hdf5: no closing quotation"),
         (["--scripts", "nowhere", "--algos", "cpq"], "there is no"),
         (["--launcher", "slurm"], "invalid choice"),
         (["@nothing"], "nothing"),
