@@ -38,6 +38,10 @@ from results.arms import ALGOS, COMPARED
 from results.csvs import ROOT
 
 NOT_ARGUMENTS = ("--env", "--seed", "--seeds", *csvs.NO_MATTER)  # compared otherwise, or of no consequence
+OWN = {  # what the sweep says to every job: how it is told
+    "--env": "--envs", "--seed": "--first-seed", "--seeds": "--seeds", "--runs": "--runs", "--cost-limit": "--limits",
+    "--resume": "no argument, it always does", "--no-resume": "--runs and a new folder",
+}  # fmt: skip
 POLL = 0.2  # seconds between two looks at what runs
 
 
@@ -381,17 +385,28 @@ def parse(arguments: list[str]):
     for flag in ("seeds", "parallel"):
         if getattr(options, flag) < 1:
             parser.error(f"--{flag} {getattr(options, flag)}: must be positive")
-    for flag in ("first_seed", "seeds_per_job", "cpus", "gpus", "retries"):
-        if getattr(options, flag) < 0:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must not be negative")
+    for flag in ("first_seed", "seeds_per_job", "cpus", "gpus", "retries", "limits"):
+        value = getattr(options, flag)
+        for x in value if isinstance(value, list) else [value]:
+            if not x >= 0:
+                parser.error(f"--{flag.replace('_', '-')} {x}: must not be negative or NaN")
+    if options.first_seed + options.seeds > 2**31:
+        parser.error(f"--first-seed {options.first_seed} --seeds {options.seeds}: the last seed must be below 2147483648")
     for entry in options.args_for:
         if "=" not in entry:
             parser.error(f"--args-for {entry}: must be PATTERN=ARGS")
     for where, text in (("--args", options.args), *(("--args-for", entry.partition("=")[2]) for entry in options.args_for)):
         try:
-            shlex.split(text)
+            first = shlex.split(text)[:1]
         except ValueError as error:
             parser.error(f"{where} {text}: {str(error).lower()}: close the quotes")
+        if first and not first[0].startswith("--"):
+            parser.error(f"{where} {text}: must begin with an argument's name, --NAME")
+        for flag in csvs.words(text):
+            if flag in OWN:
+                parser.error(f"{where} {flag}: the sweep's own: use {OWN[flag]}")
+    for flag in ("envs", "algos", "limits"):  # each once
+        setattr(options, flag, list(dict.fromkeys(getattr(options, flag))))
     return options
 
 

@@ -908,6 +908,13 @@ def test_an_id_of_safety_gymnasium_is_the_task(tmp_path, fakes, capsys):
     assert code == 0 and f"{ENV} marvel" in out
 
 
+def test_what_is_listed_twice_is_one_job(fakes, capsys):
+    twice = [*fakes, "--envs", ENV, f"{ENV}0-v0", "--algos", "cpq", "cpq", "--limits", "20", "2e1", "inf", "0"]
+    assert sweep.main([*twice, "--print-jobs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.search(r"--cost-limit (\S+)", line)[1] for line in lines] == ["20", "inf", "0"]
+
+
 def test_paths_with_spaces_stay_whole(tmp_path, fakes, capsys):
     (tmp_path / "my runs").mkdir()
     one = [*fakes, "--runs", str(tmp_path / "my runs"), "--envs", "EnvA", "--algos", "sac_lag", "--args=--dataset '/my work/own.hdf5'"]
@@ -1026,6 +1033,14 @@ def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path,
         (["--seeds", "x"], "invalid int value"),
         (["--parallel", "-1"], "--parallel -1"),
         (["--gpus", "-1"], "--gpus -1.0"),
+        (["--gpus", "nan"], "--gpus nan: must not be negative or NaN"),
+        (["--limits", "20", "nan"], "--limits nan: must not be negative or NaN"),
+        (["--limits=-5"], "--limits -5.0: must not be negative or NaN"),
+        (["--first-seed", "2147483647", "--seeds", "2"], "the last seed must be below 2147483648"),
+        (["--args=--evals 1 --seeds 3"], "--args --seeds: the sweep's own: use --seeds"),
+        (["--args=--cost_limit=3"], "--args --cost-limit: the sweep's own: use --limits"),
+        (["--args-for=*/marvel=--resume"], "--args-for --resume: the sweep's own: use no argument"),
+        (["--args", "iterations 5"], "--args iterations 5: must begin with an argument's name"),
         (["--args-for=x"], "--args-for x: must be PATTERN=ARGS"),
         (["--args=--dataset 'my data.hdf5"], "--args --dataset 'my data.hdf5: no closing quotation"),
         (["--scripts", "nowhere", "--algos", "cpq"], "there is no"),
