@@ -21,7 +21,7 @@ from results.arms import ALGOS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVS = "SafetyPointRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyAntRun".split()  # the core suite
-IDS = {  # Safety-Gymnasium's id: the task's own name, as envs.resolve has it, without importing JAX; a test compares
+IDS = {  # Safety-Gymnasium's id: the task's own name. All of envs.TASKS, without importing JAX; a test compares
     f"Safety{robot}{task}{end}": f"Safety{robot}{task}"
     for robots, tasks, end in (
         ("Point Car Ant", "Run", "0-v0"),
@@ -62,6 +62,11 @@ def folder(env: str) -> str:
 def task(name: str) -> str:
     """The name that runs of `name` are recorded under: ids of Safety-Gymnasium and of Bullet-Safety-Gym mean a task, too."""
     return name.removesuffix("-v0") if name.startswith("bullet/") else IDS.get(name, name)
+
+
+def can_be_task(name: str) -> bool:
+    """False for what envs.make is sure to refuse: neither a task of this suite nor written as a name of another package's."""
+    return name in IDS.values() or bool(re.fullmatch(r"bullet/.+|.+:.+|Safety\w+-v\d", name))
 
 
 class Parser(argparse.ArgumentParser):

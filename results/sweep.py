@@ -377,6 +377,9 @@ def parse(arguments: list[str]):
     parser.add_argument("--retries", type=int, default=3, help="Ray: retries of a job whose node died (default 3)")
     options = parser.parse_args(arguments)
     options.runs, options.scripts = options.runs.resolve(), options.scripts.resolve()
+    for env in options.envs:
+        if not csvs.can_be_task(env):
+            parser.error(f"--envs {env}: unknown; known are {' '.join(csvs.IDS.values())}, and other packages' (envs/README.md)")
     for name in options.algos:
         if name not in ALGOS:
             parser.error(f"--algos {name}: unknown; known are {' '.join(ALGOS)}")

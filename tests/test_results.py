@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import logbook
-from envs import TASKS
+from envs import TASKS, reference
 from results import arms, comparisons, csvs, diff, figures, measures, report, sweep, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +118,9 @@ def test_names_of_tasks_are_those_of_envs():
     assert csvs.IDS == {task.reference_id: name for name, task in TASKS.items()}
     assert all(csvs.task(name) == name for name in (*TASKS, "SafetyPointGoal1-v0", "own_env:Corridor-v0", "bullet/SafetyBallRun"))
     assert csvs.task("bullet/SafetyBallRun-v0") == "bullet/SafetyBallRun"
+    for name in ("SafetyPointGoal1-v0", "own_env:Corridor-v0", "bullet/SafetyBallRun", "SafetyPointGoal1", "Typo", "Typo-v0", ""):
+        assert csvs.can_be_task(name) == reference.wanted(name, None, {*csvs.IDS, *TASKS})
+    assert all(csvs.can_be_task(name) for name in TASKS)
 
 
 def test_a_command_is_recorded_as_a_shell_reads_it(tmp_path, monkeypatch):
@@ -834,7 +837,7 @@ def fakes(tmp_path):
     return ["--scripts", str(tmp_path / "fakes"), "--runs", str(tmp_path / "runs"), "--seeds", "2"]
 
 
-ALL = ["--envs", "EnvA", "bullet/EnvB", "--algos", "marvel", "cpq", "sac_lag", "marvel+fresh"]
+ALL = ["--envs", "own:A", "bullet/EnvB", "--algos", "marvel", "cpq", "sac_lag", "marvel+fresh"]
 
 
 def journal(place, what="end"):
@@ -858,11 +861,11 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys)
     assert sweep.main([*fakes, *ALL]) == 0
     assert "2 job(s) to run, 6 done" in capsys.readouterr().out and len(journal(tmp_path)) == 8
     fakes[-1] = "4"  # two more seeds
-    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--seeds-per-job", "1"]) == 0
+    assert sweep.main([*fakes, "--envs", "own:A", "--algos", "marvel", "--seeds-per-job", "1"]) == 0
     assert [entry[2:4] for entry in journal(tmp_path)[8:]] == [("102", "1"), ("103", "1")]
-    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel"]) == 0
+    assert sweep.main([*fakes, "--envs", "own:A", "--algos", "marvel"]) == 0
     assert "0 job(s) to run, 1 done" in capsys.readouterr().out
-    assert sweep.main([*fakes, "--envs", "EnvA", "--algos", "marvel", "--limits", "20.0", "40"]) == 0  # 20.0 is the 20 that is done
+    assert sweep.main([*fakes, "--envs", "own:A", "--algos", "marvel", "--limits", "20.0", "40"]) == 0  # 20.0 is the 20 that is done
     assert len(journal(tmp_path)) == 11
 
 
@@ -873,13 +876,13 @@ def test_offline_checkpoints_are_made_once_by_parallel_jobs(tmp_path, fakes):
 
 
 def test_arguments_for_all_and_for_some(tmp_path, fakes, capsys):
-    some = [*fakes, *ALL, "--print-jobs", "--args=--sleep 0 --x 1", "--args-for=EnvA/marvel*=--x 2", "--args-for=*=--y 3"]
+    some = [*fakes, *ALL, "--print-jobs", "--args=--sleep 0 --x 1", "--args-for=own:A/marvel*=--x 2", "--args-for=*=--y 3"]
     assert sweep.main(some) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and not journal(tmp_path, "")
     assert all(line.endswith(f" --runs {tmp_path / 'runs'}") and " --y 3 " in line for line in lines)
     x = {tuple(re.search(r"(\w+)\.py --resume --env (\S+)", line).groups()): re.search(r"--x (\d)", line)[1] for line in lines}
-    assert x[("marvel", "EnvA")] == "2" and x[("marvel", "bullet/EnvB")] == x[("cpq", "EnvA")] == "1"
+    assert x[("marvel", "own:A")] == "2" and x[("marvel", "bullet/EnvB")] == x[("cpq", "own:A")] == "1"
     fresh = [i for i, line in enumerate(lines) if "--critics fresh" in line]
     assert min(fresh) > max(i for i, line in enumerate(lines) if "sac_lag" in line)  # what waits for others comes last
     (tmp_path / "study").write_text("# a study\n" + "\n".join(some) + "\n")
@@ -917,12 +920,12 @@ def test_what_is_listed_twice_is_one_job(fakes, capsys):
 
 def test_paths_with_spaces_stay_whole(tmp_path, fakes, capsys):
     (tmp_path / "my runs").mkdir()
-    one = [*fakes, "--runs", str(tmp_path / "my runs"), "--envs", "EnvA", "--algos", "sac_lag", "--args=--dataset '/my work/own.hdf5'"]
+    one = [*fakes, "--runs", str(tmp_path / "my runs"), "--envs", "own:A", "--algos", "sac_lag", "--args=--dataset '/my work/own.hdf5'"]
     sweep.main([*one, "--print-jobs"])
     line = capsys.readouterr().out
     assert {"/my work/own.hdf5", str(tmp_path / "my runs")} <= set(shlex.split(line))
     subprocess.run(line, shell=True, check=True, cwd=ROOT)
-    (config,) = (tmp_path / "my runs").glob("EnvA/sac_lag/*/config.json")
+    (config,) = (tmp_path / "my runs").glob("own:A/sac_lag/*/config.json")
     about = json.loads(config.read_text())
     for command in (about["command"], about["command"].replace("'", "")):  # as it was recorded once
         config.write_text(json.dumps(about | {"command": command}))
@@ -931,12 +934,12 @@ def test_paths_with_spaces_stay_whole(tmp_path, fakes, capsys):
 
 
 def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
-    sweep.main([*fakes, "--envs", "EnvA", "--algos", "sac_lag"])
+    sweep.main([*fakes, "--envs", "own:A", "--algos", "sac_lag"])
     fakes[-1] = "5"
     capsys.readouterr()
-    assert sweep.main([*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--dry-run"]) == 0
+    assert sweep.main([*fakes, "--envs", "own:A", "own:B", "--algos", "sac_lag", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"EnvA sac_lag seeds 102-104 +6 s\n", out) and re.search(r"EnvB sac_lag seeds 100-104 +unknown\n", out)
+    assert re.search(r"own:A sac_lag seeds 102-104 +6 s\n", out) and re.search(r"own:B sac_lag seeds 100-104 +unknown\n", out)
     assert "2 job(s) to run, 0 done; one after another 6 s, and 1 job(s) never measured" in out
     assert len(journal(tmp_path)) == 1
 
@@ -945,7 +948,7 @@ def test_failures_are_listed_with_their_log(tmp_path, fakes, capsys):
     code = sweep.main([*fakes, *ALL, "--args=--fail sac_lag", "--parallel=4"])
     out, err = capsys.readouterr()
     assert code == 1 and out.count("FAILED (exit code 1)") == 2 and out.count(": done in") == 6
-    assert "2 of 8 job(s) failed:" in err and "EnvA sac_lag seeds 100-101: exit code 1: something went wrong in sac_lag" in err
+    assert "2 of 8 job(s) failed:" in err and "own:A sac_lag seeds 100-101: exit code 1: something went wrong in sac_lag" in err
     logs = re.findall(r"^    (.*\.log)$", err, re.MULTILINE)
     assert len(logs) == 2 and all("something went wrong" in Path(log).read_text() for log in logs)
     assert sweep.main([*fakes, *ALL, "--args=--fail sac_lag"]) == 1
@@ -953,14 +956,14 @@ def test_failures_are_listed_with_their_log(tmp_path, fakes, capsys):
 
 
 def test_another_dataset_or_argument_is_not_done(tmp_path, fakes, capsys, monkeypatch):
-    one = [*fakes, "--envs", "EnvA", "--algos", "marvel"]
+    one = [*fakes, "--envs", "own:A", "--algos", "marvel"]
     sweep.main(one)
     capsys.readouterr()
     sweep.main([*one, "--args=--checkpoint-seconds 5 --track wandb", "--dry-run"])  # of no consequence
     assert "0 job(s) to run, 1 done" in capsys.readouterr().out
     sweep.main([*one, "--args=--sleep 0", "--dry-run"])
     assert "1 job(s) to run, 0 done" in capsys.readouterr().out
-    (config,) = (tmp_path / "runs").glob("EnvA/marvel/*/config.json")
+    (config,) = (tmp_path / "runs").glob("own:A/marvel/*/config.json")
     data = tmp_path / "data.hdf5"
     data.write_bytes(b"1")
     about = json.loads(config.read_text()) | {"dataset": {"path": str(data), "sha256": sweep.sha256(data)}}
@@ -1002,7 +1005,7 @@ def alive(pid):
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_stops_its_jobs_and_goes_on_later(tmp_path, fakes, blow):
-    slow = [*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--args=--sleep 1.5"]
+    slow = [*fakes, "--envs", "own:A", "own:B", "--algos", "sac_lag", "--args=--sleep 1.5"]
     process = start_sweep(slow)
     wait_until(lambda: journal(tmp_path, "start"))
     process.send_signal(blow)
@@ -1010,11 +1013,11 @@ def test_an_interrupted_sweep_stops_its_jobs_and_goes_on_later(tmp_path, fakes, 
     assert process.returncode == 130 and "interrupted: the same command goes on" in err and "Traceback" not in err
     assert not alive(journal(tmp_path, "start")[0][-1]) and not journal(tmp_path)
     process = start_sweep(slow)
-    assert process.wait(60) == 0 and sorted(e[1] for e in journal(tmp_path)) == ["EnvA", "EnvB"]
+    assert process.wait(60) == 0 and sorted(e[1] for e in journal(tmp_path)) == ["own:A", "own:B"]
 
 
 def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path, fakes):
-    slow = [*fakes, "--envs", "EnvA", "EnvB", "--algos", "sac_lag", "--args=--sleep 2"]
+    slow = [*fakes, "--envs", "own:A", "own:B", "--algos", "sac_lag", "--args=--sleep 2"]
     process = start_sweep(slow)
     wait_until(lambda: journal(tmp_path, "start"))
     process.kill()
@@ -1022,13 +1025,14 @@ def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path,
     assert alive(journal(tmp_path, "start")[0][-1])
     again, at_once = start_sweep(slow), start_sweep(slow)  # even two sweeps at a time
     assert again.wait(60) == 0 and at_once.wait(60) == 0
-    assert sorted(e[1] for e in journal(tmp_path)) == ["EnvA", "EnvB"] and len(journal(tmp_path, "start")) == 2
+    assert sorted(e[1] for e in journal(tmp_path)) == ["own:A", "own:B"] and len(journal(tmp_path, "start")) == 2
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--algos", "sarsa"], "--algos sarsa: unknown"),
+        (["--envs", ENV, "SafetyPointRum"], "--envs SafetyPointRum: unknown; known are SafetyPointRun"),
         (["--seeds", "0"], "--seeds 0: must be positive"),
         (["--seeds", "x"], "invalid int value"),
         (["--parallel", "-1"], "--parallel -1"),
@@ -1085,7 +1089,7 @@ def test_a_ray_node_dies_in_mid_sweep(tmp_path, fakes):
     try:
         second = cluster.add_node(num_cpus=8, num_gpus=1)
         cluster.wait_for_nodes()
-        many = [*fakes, "--envs", *(f"Env{i}" for i in range(5)), "--algos", "sac_lag", "marvel", "--args=--sleep 4"]
+        many = [*fakes, "--envs", *(f"own:{i}" for i in range(5)), "--algos", "sac_lag", "marvel", "--args=--sleep 4"]
         process = start_sweep([*many, "--launcher", "ray", "--address", cluster.address, "--gpus", "0.5"])
         wait_until(lambda: len(journal(tmp_path, "start")) >= 3, 60)  # a node holds two
         assert len(journal(tmp_path, "start")) - len(journal(tmp_path)) <= 4
