@@ -1055,7 +1055,7 @@ def test_after_sigkill_the_orphaned_job_is_waited_for_and_not_repeated(tmp_path,
 def test_sweep_refuses_bad_input_in_one_line(tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if arguments[0] != "--scripts":
-        arguments = ["--scripts", str(tmp_path), *arguments]
+        arguments = ["--scripts", str(tmp_path), "--dry-run", *arguments]
         for arm in arms.ALGOS.values():
             (tmp_path / f"{arm.script}.py").touch()
     refused(lambda: sweep.main(arguments), message, capsys)
