@@ -19,9 +19,8 @@ Deviations, P from the paper, R from the reference code (OSRL), and the value of
    without one, as OSRL does: CPQ without the penalty.
  2 (P, R) The OOD penalty is estimated on some of the batch's states (--ood-states 0: on all).
  3 (P, R) An action counts as OOD only if its KL is beyond that of 99% of the batch's own actions (--ood-quantile 0: always).
- 4 (P, R) The penalty acts only while E_ood Qc < qc_thres (--no-one-sided-penalty: always).
+ 4 (P, R) The penalty acts only while E_ood Qc < qc_thres (--no-one-sided-penalty: always), and alpha starts at 0.01 (--init-dual 1).
  5 (P, R) Qc' is clipped to what costs can add up to (--no-clip-cost-target).
-   alpha starts at 0.01 (--init-dual 1).
    Without 3 to 5 the penalty lifts Qc past q_thres everywhere; 1[Qc <= q_thres] is then 0 and nothing is learned.
  6 (P, R) The actor also clones the best safe trajectories (--cloning-weight 0: no), for the same reason: the gate opens only around
    a policy that is nearly safe. Q is divided by its mean size, so that the weight has the same meaning on every task.

@@ -391,7 +391,7 @@ def replayed_env(args, meta: dict, privileged: bool = False) -> envs.Env:
 
 
 def replayed_limit(args, meta: dict) -> float:
-    """The cost limit that a checkpoint is judged by: --cost-limit, or else that of its training."""
+    """The cost limit that a checkpoint is judged by: --cost-limit, or that of its training where this is left at its default."""
     return args.cost_limit if args.cost_limit != RunArgs.cost_limit else meta["config"].get("cost_limit", args.cost_limit)
 
 
