@@ -95,7 +95,7 @@ def _task(actor_lr: float, critic_lr: float, cost_critic_lr: float, entropy_weig
     return rates | dict(iterations=episodes // 5)
 
 
-RELEASE: dict[str, dict] = {  # Marvel's release; tasks that are not its own have BallCircle's numbers
+RELEASE: dict[str, dict] = cpq.SLOW | {  # Marvel's release; tasks that are not its own have BallCircle's numbers
     "*": cpq.RELEASE
     | dict(
         actor_warmup=0, init_multiplier=0.0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
