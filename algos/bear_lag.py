@@ -10,7 +10,7 @@ release (arXiv 2412.04426) starts. Leaves one checkpoint per seed under RUNS/ENV
     y_c = c + gamma (1-term.) mean_k Qc'(s',a'_k), a'_k ~ pi(.|s')                            bear_critic_loss
     maximise min_i Q_i(s,a) - lambda Qc(s,a) - beta (MMD(pi, VAE) - epsilon)                  bear_actor_loss
     lambda, beta >= 0 (dual): ascend lambda (Qc - q_thres), beta (MMD - epsilon)              dual_losses
-    q_thres = d (1-gamma^T)/(1-gamma)/T                                                       cost_threshold
+    q_thres = d (1-gamma^T)/(1-gamma)/T                                                       training.cost_threshold
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost.
 
@@ -72,11 +72,6 @@ RECIPE = training.COMMON_RECIPE + training.CRITIC_RECIPE
 RECIPE += "mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals offline_max_multiplier".split()
 
 # ---------------------------------------------------------------- losses
-
-
-def cost_threshold(cost_limit: float, gamma: float, horizon: int) -> float:
-    """q_thres: the discounted equivalent of the limit over T steps."""
-    return cost_limit * (1 - gamma**horizon) / (1 - gamma) / horizon
 
 
 def mmd_squared(x, y, sigma: float):
@@ -173,7 +168,7 @@ def pretrain(run: Run) -> dict:
     """Phase 1: {"actor", "critics", "vae", "log_duals"} after BEAR-Lag, from the checkpoint of each seed; what is missing is made."""
     args, env = run.args, run.env
     networks, optimizers = training.make_networks(args, env), make_optimizers(args)
-    limit = cost_threshold(args.cost_limit, args.gamma, env.horizon)
+    limit = training.cost_threshold(args.cost_limit, args.gamma, env.horizon)
     step = partial(bear_step, networks=networks, optimizers=optimizers, args=args, q_thres=limit, max_qc=run.max_qc)
 
     def init(key):

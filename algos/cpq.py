@@ -117,7 +117,7 @@ RECIPE += "cloning_weight cloning_quantile gate_quantile".split()
 
 def thresholds(cost_limit: float, gamma: float, horizon: int) -> tuple[float, float]:
     """(q_thres, qc_thres): the discounted equivalent of the limit over T steps, and 1.5 times it (CPQ, OSRL)."""
-    q_thres = cost_limit * (1 - gamma**horizon) / (1 - gamma) / horizon
+    q_thres = training.cost_threshold(cost_limit, gamma, horizon)
     return q_thres, 1.5 * q_thres
 
 

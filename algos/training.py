@@ -412,6 +412,9 @@ def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> N
     """Return and cost of a policy over --episodes; its --trajectory, --video and --export."""
     if args.export:
         export.check(args.export)
+    for path, suffixes in ((args.trajectory, render.TRAJECTORIES), (args.video, render.VIDEOS)):
+        if path:
+            render.suffixed(path, suffixes)  # before the episodes, which may be slow
     key = jax.random.key(args.seed)
     found = episode_statistics(replayed(env, policy, key, args.episodes), cost_limit)
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
@@ -439,6 +442,11 @@ def replayed(env: envs.Env, policy: Callable, key: jax.Array, episodes: int) -> 
 
 
 # ---------------------------------------------------------------- training on a dataset
+
+
+def cost_threshold(cost_limit: float, gamma: float, horizon: int) -> float:
+    """q_thres = d (1-gamma^T)/(1-gamma)/T: what a cost critic may say where an episode of T steps may cost d (OSRL)."""
+    return cost_limit * (1 - gamma**horizon) / (1 - gamma) / horizon
 
 
 def train_on_dataset(learner, data: tuple[Batch, ...], key, step: Callable, batch_size: int, steps: int):

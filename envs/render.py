@@ -47,7 +47,7 @@ class RenderError(ValueError):
     """No picture can be made; the message is one line that names the mend."""
 
 
-def _suffixed(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
+def suffixed(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
     """The path; RenderError unless it ends in one of these. Asked before the episodes, which may be slow."""
     path = Path(path)
     if path.suffix not in suffixes:
@@ -127,7 +127,7 @@ def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike
     """
     from matplotlib.figure import Figure
 
-    path = _suffixed(path, TRAJECTORIES)
+    path = suffixed(path, TRAJECTORIES)
     found, view = rollout(env, policy, key, episodes), scenery(env.task)
     returns, costs = (np.where(found.valid, x, 0).sum(0) for x in (found.reward, found.cost))
     limited = isinstance(env.task, Velocity)
@@ -311,7 +311,7 @@ def video(
     Raises:
       RenderError: no OpenGL, an environment that cannot be drawn, another suffix, or ffmpeg cannot write this format. One line.
     """
-    path = _suffixed(path, VIDEOS)
+    path = suffixed(path, VIDEOS)
     path = path if shutil.which("ffmpeg") else path.with_suffix(".gif")
     if reference.own(env.name):
         drawn, rate = own_pictures(env, policy, key, frames)
@@ -409,7 +409,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--horizon", type=int, metavar="N", help="for an environment of your own: steps after which an episode is cut off")
     args = parser.parse_args(words)
     for path in args.paths:
-        _suffixed(path, TRAJECTORIES + VIDEOS)
+        suffixed(path, TRAJECTORIES + VIDEOS)
     env = envs.make(args.env, horizon=args.horizon)
     policy = lambda obs, key: jax.random.uniform(key, (*obs.shape[:-1], env.action_size), minval=-1.0)
     for path in args.paths:

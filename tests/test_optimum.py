@@ -41,7 +41,7 @@ def bound(algo, networks, optimizers, args, horizon):
     if algo is cal:
         return partial(step, threshold=cpq.thresholds((1 - args.reserve) * args.cost_limit, args.gamma, horizon)[0])
     if algo is bear_lag:
-        return partial(step, q_thres=bear_lag.cost_threshold(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
+        return partial(step, q_thres=training.cost_threshold(args.cost_limit, args.gamma, horizon), max_qc=1.0 / (1.0 - args.gamma))
     return step
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import envs
+from algos import training
 from envs import render
 
 ROOT, KEY = Path(__file__).parents[1], jax.random.key(0)
@@ -118,11 +119,16 @@ def test_without_opengl(tmp_path, monkeypatch):
 def test_an_unknown_suffix_is_refused_before_the_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no ffmpeg: a video was a GIF, whatever it was called
     monkeypatch.setattr(render, "rollout", None)
+    monkeypatch.setattr(training, "replayed", None)
+    none = dict(export=None, video=None, trajectory=None)
+    replayed = lambda flag: lambda *args: training.show_episodes(SimpleNamespace(**none | {flag: args[-1]}), None, None, 20.0)
     for draw, name, said in (
         (render.video, "a.foo", "its suffix is '.foo'; name a file that ends in .mp4, .gif, "),
         (render.video, "a", "its suffix is ''; name"),
         (render.trajectory, "a.foo", "its suffix is '.foo'; name a file that ends in .png, .pdf or .svg$"),
         (lambda *args: render.main(["SafetyPointRun", str(args[-1])]), "a.foo", "its suffix is '.foo'; name a file that ends in .png, "),
+        (replayed("video"), "a.foo", "its suffix is '.foo'; name a file that ends in .mp4, "),
+        (replayed("trajectory"), "a.foo", "its suffix is '.foo'; name a file that ends in .png, "),
     ):
         with pytest.raises(render.RenderError, match=f"^{tmp_path / name}: {said}"):
             draw(None, forward, KEY, tmp_path / name)
