@@ -117,6 +117,7 @@ def bear_actor_loss(actor, params: dict, batch: Batch, key, networks: Networks, 
     mmd = jnp.sqrt(jnp.maximum(mmd_squared(jnp.moveaxis(actions, 0, -2), jnp.moveaxis(behaviour, 0, -2), args.mmd_sigma), 1e-6)).mean()
     q, qc = networks.q(params["critics"], batch.obs, actions[0]), networks.qc(params["critics"], batch.obs, actions[0])
     beta, multiplier = jnp.exp(params["log_duals"])
+    multiplier = multiplier if np.isfinite(args.cost_limit) else 0.0
     loss = jnp.mean(-q + multiplier * qc) + beta * (mmd - args.mmd_limit)
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean(), "qc_policy": qc.mean(), "mmd": mmd}
 
@@ -150,7 +151,8 @@ def bear_step(learner: Learner, batches: tuple[Batch], key, networks: Networks, 
     learner = apply_gradient(learner, optimizers, "log_duals", gradient)
     upper = jnp.log(jnp.array([jnp.exp(5.0), args.offline_max_multiplier]))
     learner.params["log_duals"] = jnp.clip(learner.params["log_duals"], -5.0, upper)
-    weights = {"ood_weight": jnp.exp(learner.params["log_duals"][0]), "multiplier": jnp.exp(learner.params["log_duals"][1])}
+    beta, multiplier = jnp.exp(learner.params["log_duals"])
+    weights = {"ood_weight": beta, "multiplier": multiplier if np.isfinite(args.cost_limit) else jnp.float32(0)}
     return update_targets(learner, args.tau), {**info, **actor_info, **weights}
 
 

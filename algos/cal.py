@@ -17,7 +17,7 @@ does not reach it, an error of the critic does. E_batch Qc is of replayed action
 lagrangian.py has no effect here, but for d' = (1 - reserve) d. The column `multiplier` is w.
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
-outweighs lambda / reward_scale of raw reward. CAL's numbers for lambda and kappa are multiplied by reward_scale 0.1 likewise.
+outweighs lambda / reward_scale of raw reward. CAL's numbers for lambda and kappa are multiplied by reward_scale likewise.
 
 Deviations, P from the paper, R from its code. Offline those of cpq.py. Online those of marvel.py that are about phase 3, with the
 same switches, the multiplier excepted; and
@@ -27,9 +27,10 @@ same switches, the multiplier excepted; and
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,12 +52,16 @@ class Args(FinetuneArgs):
 
     cost_critics: int = 4
     """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4)"""
-    init_multiplier: float = 0.07
-    """lambda at the start (CAL: 0.69 per raw reward)"""
+    init_multiplier: float | None = None  # type: ignore[assignment]  # None only until the task is known
+    """lambda at the start (default, CAL: 0.7 per raw reward)"""
     multiplier_lr: float = 3e-4
     """Adam step size of log lambda (CAL: 3e-4)"""
-    rectification: float = 1.0
-    """kappa, scaled reward per squared unit of cost (CAL: 10 per raw reward); 0: lambda alone"""
+    rectification: float | None = None
+    """kappa, scaled reward per squared unit of cost (default, CAL: 10 per raw reward); 0: lambda alone"""
+
+    def resolved(self) -> Self:
+        scaled = lambda value, published: round(published * (self.reward_scale or 1.0), 6) if value is None else value
+        return replace(self, init_multiplier=scaled(self.init_multiplier, 0.7), rectification=scaled(self.rectification, 10.0))
 
 
 # The others' release starts from lambda = 0, which log lambda cannot.
@@ -138,7 +143,8 @@ def online_phase(run: Run, params: dict) -> dict:
     evaluated = finetuning.of_actor(networks, args.eval_policy)
     optimizers = {"log_multiplier": optax.adam(args.multiplier_lr)}
     params = finetuning.finetune(run, start, step, finetuning.sampled(networks), evaluated, optimizers=optimizers)
-    return params | {"multiplier": jnp.exp(params["log_multiplier"])}  # the controller's is not used
+    multiplier = jnp.zeros(run.roots.shape) if cpq.unconstrained(threshold) else jnp.exp(params["log_multiplier"])
+    return params | {"multiplier": multiplier}  # the controller's is not used
 
 
 def main(args: Args) -> None:

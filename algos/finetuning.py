@@ -41,7 +41,7 @@ class OnlineArgs:
     batch_size: int = 128
     """transitions per gradient step (release: 64)"""
     buffer_size: int = 1_000_000
-    """replay capacity, transitions"""
+    """replay capacity, transitions: whole iterations, at least one"""
     replay: Literal["online", "mixed"] = "online"
     """batches from online transitions (Marvel), or half of each from the dataset"""
     actor_lr: float = 2e-4

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from algos import checkpoint, curves, tracking
 from algos.checkpoint import BadInput, load, write_atomically
 from data import dsrl
-from envs import TASKS, UnknownName, folder, reference
+from envs import UnknownName, folder, recorded, reference
 from envs.render import RenderError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +114,8 @@ def grouped(args_class, defaults):
 def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[str, dict]] | None = None):
     """`args_class` from the command line (or `words`); BadInput with tyro's message on one line.
 
-    Its defaults are those of the preset that `words` name: presets[NAME]["*"], then presets[NAME][TASK].
+    Its defaults are those of the preset that `words` name: presets[NAME]["*"], then presets[NAME][TASK]. With --eval, task and cost
+    limit are by default those that the checkpoint was trained for.
     """
     said = io.StringIO()
     described = (sys.modules[args_class.__module__].__doc__ or "").split("\n\n")[0]
@@ -129,9 +130,10 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
             args = read(args_class())
             preset = (presets or {}).get(getattr(args, "preset", ""), {})
             values = dict(preset.get("*", {}))
-            for name, own in preset.items():
-                if args.env in (name, TASKS[name].reference_id if name in TASKS else name):
-                    values |= own
+            values |= preset.get(recorded(args.env), {})
+            if getattr(args, "eval", None):
+                _, meta = checkpoint.load_policy(args.eval)
+                values |= {"env": meta["env"], "cost_limit": meta["config"].get("cost_limit", args.cost_limit)}
             return read(dataclasses.replace(args_class(), **values)) if values else args
     except SystemExit as stop:
         if not stop.code:  # --help

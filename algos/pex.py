@@ -151,7 +151,6 @@ def replay_checkpoint(args: Args) -> None:
     if not policy.expanded(arrays, meta):
         raise logbook.BadInput(f"{args.eval}: holds no expanded policy: name a checkpoint-seed*.safetensors of a run of pex.py")
     env = training.replayed_env(args, meta, privileged=policy.load_policy(args.eval).privileged_size > 0)
-    limit = training.replayed_limit(args, meta)
     own = {"hidden": tuple(meta["config"]["hidden"]), "num_critics": meta["config"]["num_critics"]}
     later = "cost_critics cost_pessimism symlog layer_norm temperature".split()
     own |= {name: meta["config"].get(name, getattr(args, name)) for name in later}
@@ -160,7 +159,7 @@ def replay_checkpoint(args: Args) -> None:
     shapes = jax.eval_shape(lambda: training.init_params(jax.random.key(0), networks, env.obs_size + env.privileged_size))
     shapes = {k: shapes[k] for k in ("actor", "critics")} | {"prior": shapes["actor"], "multiplier": jnp.float32(0)}
     params = logbook.restore(shapes, arrays, str(args.eval))
-    training.show_episodes(args, env, evaluated_policy(params, params["multiplier"], networks, args), limit)
+    training.show_episodes(args, env, evaluated_policy(params, params["multiplier"], networks, args))
 
 
 def main(args: Args) -> None:

@@ -52,7 +52,7 @@ class OnlineArgs:
     """online"""
 
     env_steps: int = 400_000
-    """online steps per seed, over all environments"""
+    """online steps per seed, over all environments: whole blocks, rounded down"""
     num_envs: int = 5
     """parallel environments per seed"""
     steps_per_block: int = 50
@@ -60,7 +60,7 @@ class OnlineArgs:
     updates_per_block: int = 48
     """gradient steps per block"""
     buffer_size: int = 1_000_000
-    """replay capacity, transitions"""
+    """replay capacity, transitions: whole blocks, at least one"""
     batch_size: int = 128
     """transitions per gradient step"""
     actor_lr: float = 5e-4

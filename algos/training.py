@@ -4,11 +4,12 @@ A script's main prepares a `Run`, carries parameters through its phases, and end
 from the seed, the name of a stream and a number (`Run.keys`), so that changing one phase leaves the others' randomness alone.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,10 @@ class RunArgs:
     """least time between two saves of the whole state, s"""
     track: tracking.Name = "none"
     """send the rows of progress.csv to a tracker too, one run per seed; --resume doubles nothing"""
+
+    def resolved(self) -> Self:
+        """With what depends on the task in place of None; the task's own reward_scale is there already."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -274,8 +279,11 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     privileged = getattr(args, "privileged_critic", False)
     env = envs.make(args.env, args.backend, privileged, args.odometer, args.horizon)
     args = replace(args, env=env.name, horizon=env.horizon if reference.own(env.name) else None)
+    if env.name in envs.TASKS and not isinstance(env, envs.Env):  # the package's own has neither: other networks than the native task's
+        args = replace(args, odometer=False, **({"privileged_critic": False} if privileged else {}))
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
+    args = args.resolved()
     seeds = list(range(args.seed, args.seed + args.seeds))
     roots = jax.vmap(jax.random.key)(jnp.array(seeds))
     if not dataset:
@@ -285,6 +293,10 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     chosen = None if cloned is None else cloned(loaded, args, about["path"])
+    gated = chosen is not None and bool(getattr(args, "gate_quantile", None)) and np.isfinite(args.cost_limit)
+    if gated and (chosen & ~dsrl.in_safe_trajectories(loaded, args.cost_limit)).any():
+        args = replace(args, gate_quantile=0.0)  # calibrated on what breaks the limit, the gate would be open
+        print("note: some of what is cloned breaks the limit, so the gate stays at q_thres (--gate-quantile 0)", file=sys.stderr)
     imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
     begin = start(args, env, seeds) if start else None
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit), begin and begin.files)
@@ -384,15 +396,10 @@ def episode_statistics(episodes: dict[str, np.ndarray], cost_limit: float) -> di
 def replayed_env(args, meta: dict, privileged: bool = False) -> envs.Env:
     """The environment that the policy of a checkpoint with this `meta` was trained in, on the backend of `args`."""
     logbook.check_numbers(args)
-    config, task = meta["config"], envs.TASKS.get(meta["env"])
-    if args.env not in (RunArgs.env, meta["env"], task and task.reference_id):
+    config = meta["config"]
+    if envs.recorded(args.env) != meta["env"]:
         raise logbook.BadInput(f"--env {args.env} --eval {args.eval}: its policy is of {meta['env']}: leave --env out")
     return envs.make(meta["env"], args.backend, privileged, config.get("odometer", False), args.horizon or config.get("horizon"))
-
-
-def replayed_limit(args, meta: dict) -> float:
-    """The cost limit that a checkpoint is judged by: --cost-limit, or that of its training where this is left at its default."""
-    return args.cost_limit if args.cost_limit != RunArgs.cost_limit else meta["config"].get("cost_limit", args.cost_limit)
 
 
 def replay_checkpoint(args) -> None:
@@ -405,10 +412,10 @@ def replay_checkpoint(args) -> None:
     actor = Actor(tuple(meta["config"]["hidden"]), env.obs_size, env.action_size, meta["config"].get("symlog", True))
     template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(env.obs_size))
     policy = evaluated_policy(actor, logbook.restore(template, arrays, str(args.eval), "actor/"), args.eval_policy)
-    show_episodes(args, env, policy, replayed_limit(args, meta))
+    show_episodes(args, env, policy)
 
 
-def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> None:
+def show_episodes(args, env: envs.Env, policy: Callable) -> None:
     """Return and cost of a policy over --episodes; its --trajectory, --video and --export."""
     if args.export:
         export.check(args.export)
@@ -416,13 +423,14 @@ def show_episodes(args, env: envs.Env, policy: Callable, cost_limit: float) -> N
         if path:
             render.suffixed(path, suffixes)  # before the episodes, which may be slow
     key = jax.random.key(args.seed)
-    found = episode_statistics(replayed(env, policy, key, args.episodes), cost_limit)
+    found = episode_statistics(replayed(env, policy, key, args.episodes), args.cost_limit)
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")
     shown = "drawn from the stochastic policy" if args.eval_policy == "sample" else "the policy's mean actions"
     print(f"  actions: {shown} (--eval-policy {args.eval_policy})")
     if args.episodes > 1:
         print(f"  standard errors {found['return_se']:.2g} and {found['cost_se']:.2g}, length {found['length']:.0f}")
-        print(f"  {found['share_above']:.1%} of the episodes above {cost_limit:g}, mean cost of the worst tenth {found['worst_tenth']:.1f}")
+        print(f"  {found['share_above']:.1%} of the episodes above {args.cost_limit:g}", end="")
+        print(f", mean cost of the worst tenth {found['worst_tenth']:.1f}")
     for draw, path in ((render.trajectory, args.trajectory), (render.video, args.video)):
         if path:
             print(draw(env, policy, key, path))

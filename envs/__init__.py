@@ -57,6 +57,12 @@ def resolve(name: str) -> str:
     raise UnknownName(f"unknown environment {name!r}.{hint} Known: {', '.join(TASKS)}; one of your own: module:id (envs/README.md)")
 
 
+def recorded(name: str) -> str:
+    """The name that runs of `name` are recorded under: ids of Safety-Gymnasium and of Bullet-Safety-Gym mean a task, too."""
+    by_id = {task.reference_id: task.name for task in TASKS.values()}
+    return name.removesuffix("-v0") if name.startswith(reference.BULLET) else by_id.get(name, name)
+
+
 def folder(name: str) -> str:
     """An environment's name as a relative path: `module:id` as module/id, as a colon is not a file name's everywhere."""
     return name.replace(":", "/")

@@ -24,7 +24,7 @@ SMALL = dict(hidden=(8,), gamma=0.9, reward_scale=0.1)
 
 def built(algo, **changes):
     """(arguments, networks, parameters) of small networks."""
-    args = algo.Args(**{**SMALL, "vae_hidden": (8,), **changes})
+    args = algo.Args(**{**SMALL, "vae_hidden": (8,), **changes}).resolved()
     networks = training.make_networks(args, ENV)
     params = training.init_params(jax.random.key(0), networks, ENV.obs_size)
     if algo is bear_lag:
@@ -96,6 +96,16 @@ def test_dual_losses_move_both_the_right_way():
     low = gradient(jnp.zeros(2), 0.01, 1.0, 0.05, 4.0)
     np.testing.assert_allclose(high, [-0.15, -5.0], rtol=1e-5)  # descent raises both
     np.testing.assert_allclose(low, [0.04, 3.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [20.0, np.inf])
+def test_bear_s_actor_pays_for_cost_only_where_there_is_a_limit(limit):
+    args, networks, params = built(bear_lag, cost_limit=limit)
+    loss = lambda critics: bear_lag.bear_actor_loss(
+        params["actor"], params | {"critics": critics}, some_batch(), jax.random.key(1), networks, args
+    )[0]
+    slopes = jax.tree.map(lambda x: float(jnp.abs(x).max()), jax.grad(loss)(params["critics"]))
+    assert max(jax.tree.leaves(slopes["reward"])) > 0 and (max(jax.tree.leaves(slopes["cost"])) > 0) == np.isfinite(limit)
 
 
 def test_bear_actor_comes_back_to_the_behaviour():

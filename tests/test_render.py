@@ -121,7 +121,7 @@ def test_an_unknown_suffix_is_refused_before_the_episodes(tmp_path, monkeypatch)
     monkeypatch.setattr(render, "rollout", None)
     monkeypatch.setattr(training, "replayed", None)
     none = dict(export=None, video=None, trajectory=None)
-    replayed = lambda flag: lambda *args: training.show_episodes(SimpleNamespace(**none | {flag: args[-1]}), None, None, 20.0)
+    replayed = lambda flag: lambda *args: training.show_episodes(SimpleNamespace(**none | {flag: args[-1]}), None, None)
     for draw, name, said in (
         (render.video, "a.foo", "its suffix is '.foo'; name a file that ends in .mp4, .gif, "),
         (render.video, "a", "its suffix is ''; name"),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import envs
-from algos import bc_safe, bear_lag, cal, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, training, wsrl
+from algos import bc_safe, bear_lag, cal, checkpoint, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, training, wsrl
 from data import dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -572,7 +572,7 @@ def test_the_release_preset_is_what_the_docstrings_say():
         "ood_gradient": False, "ood_states": 0, "ood_quantile": 0.0, "one_sided_penalty": False, "clip_cost_target": False,
         "cloning_weight": 0.0, "vae_hidden": (400, 400), "offline_steps": 100_000, "offline_batch_size": 512,
         "offline_actor_lr": 1e-4, "offline_actor_schedule": "constant", "lagrangian": "apid", "vpa_alpha_reward": 0.0,
-        "vpa_alpha_cost": 0.0, "vpa_gate": False, "gate_quantile": 0.0, "cost_clip": float("inf"), "integral_fall": 1.0,
+        "vpa_alpha_cost": 0.0, "vpa_gate": False, "gate_quantile": 0.0, "reward_scale": 0.1, "cost_clip": float("inf"), "integral_fall": 1.0,
         # the release's row of this task
         "actor_lr": 5e-5, "critic_lr": 5e-3, "cost_critic_lr": 8e-3, "entropy_weight": 5e-3, "iterations": 100,
     }  # fmt: skip
@@ -591,6 +591,50 @@ def test_the_release_preset_is_what_the_docstrings_say():
         flag = name.replace("_", "-")
         assert f"--{flag}" in text or f"--no-{flag}" in text, name
     assert logbook.parse(marvel.Args, [*words, "--reserve", "0.2"], marvel.PRESETS).reserve == 0.2
+
+
+def test_an_id_of_bullet_has_the_settings_of_its_task():
+    parsed = lambda name: logbook.parse(marvel.Args, ["--preset", "release", "--env", name], marvel.PRESETS)
+    assert parsed("bullet/SafetyCarCircle-v0") == replace(parsed("bullet/SafetyCarCircle"), env="bullet/SafetyCarCircle-v0")
+    assert parsed("bullet/SafetyCarCircle").actor_lr == 5e-4
+
+
+def test_a_replayed_checkpoint_brings_task_and_limit(tmp_path):
+    """Whatever the defaults of the script are; the command line goes before."""
+    path = tmp_path / "checkpoint-seed0.safetensors"
+    checkpoint.save(path, {"actor/x": np.zeros(1)}, {"env": "SafetyCarRun", "config": {"cost_limit": 40.0, "odometer": True}})
+    parsed = lambda module, *words: logbook.parse(module.Args, ["--eval", str(path), *words], getattr(module, "PRESETS", None))
+    for module in (marvel, sac_lag):
+        assert (parsed(module).env, parsed(module).cost_limit) == ("SafetyCarRun", 40.0)
+        assert parsed(module, "--cost-limit", "20").cost_limit == 20.0
+    for name in ("SafetyCarRun", "SafetyCarRun0-v0"):
+        assert training.replayed_env(parsed(sac_lag, "--env", name), checkpoint.load(path)[1]).name == "SafetyCarRun"
+    with pytest.raises(logbook.BadInput, match="its policy is of SafetyCarRun: leave --env out"):
+        training.replayed_env(parsed(marvel, "--env", "SafetyAntRun"), checkpoint.load(path)[1])
+
+
+def test_cals_numbers_are_per_raw_reward():
+    for scale, kappa, multiplier in ((0.1, 1.0, 0.07), (1.0, 10.0, 0.7)):
+        args = cal.Args(reward_scale=scale).resolved()
+        assert (args.rectification, args.init_multiplier) == (kappa, multiplier)
+    assert cal.Args(reward_scale=1.0, rectification=0.0).resolved().rectification == 0
+
+
+def test_what_the_package_s_own_environment_lacks_is_not_recorded_as_seen(tmp_path):
+    """It has neither x nor an odometer: its networks are others, and so are its checkpoints."""
+    args = naive_o2o.Args(env=ENV, backend="safety-gymnasium", runs=tmp_path, offline="cpq")
+    run = training.prepare("naive_o2o", args)
+    assert not run.args.odometer and not run.args.privileged_critic and not run.log.config["config"]["odometer"]
+    assert run.critic_obs_size == run.env.obs_size == envs.make(ENV).obs_size
+
+
+def test_the_gate_is_not_calibrated_on_what_breaks_the_limit(bad_files, tmp_path, capsys):
+    args = cpq.Args(env=ENV, runs=tmp_path, dataset=bad_files / "unsafe.hdf5", cloning_weight=0.0)
+    assert training.prepare("cpq", args, cloned=cpq.cloned).args.gate_quantile == 0
+    assert "the gate stays at q_thres" in capsys.readouterr().err
+    for data, kept in (("all", 0.0), ("best", 0.9)):
+        args = marvel.Args(env=ENV, runs=tmp_path, offline="bc_safe", data=data)
+        assert training.prepare("marvel", args, cloned=bc_safe.cloned).args.gate_quantile == kept
 
 
 def test_the_release_preset_leaves_a_baseline_what_it_is():
