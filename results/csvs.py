@@ -317,14 +317,17 @@ def folders(runs: Path) -> list[tuple[Path, dict]]:
 
 
 def fresh(runs: Path, envs: list[str] | None = None, algos: list[str] | None = None) -> dict[tuple, Run]:
-    """(env, name, limit) -> the newest finished experiment: all seeds of the newest run's configuration and dataset."""
+    """(env, name, limit) -> the newest finished experiment: all seeds of the newest run's configuration and dataset.
+
+    Of unseen seeds, where there are such: a later run of the seeds that settings are chosen on does not hide them.
+    """
     out: dict[tuple, Run] = {}
     for folder, config in reversed(folders(runs)):
         if envs and config.get("env") not in envs or algos and variant(config.get("algo"), config["config"]) not in algos:
             continue
         run = load(folder)
         newest = out.get(run.key)
-        if newest is None:
+        if newest is None or run.unseen and not newest.unseen:
             out[run.key] = run
         elif same_experiment(newest, run):
             out[run.key] = merge(newest, run)

@@ -78,10 +78,15 @@ def cautions(baseline: Run, fresh: Run) -> list[str]:
             out.append(f"other configuration: {', '.join(changed[:6])}{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}")
     elif {r["config_hash"] for r in baseline.rows} != {r["config_hash"] for r in fresh.rows}:
         out.append("other configuration: the hashes differ and there is no JSON beside one of them to say how")
+    if baseline.unseen != fresh.unseen:
+        kind = lambda run: "unseen" if run.unseen else "for choosing settings"
+        out.append(f"other kind of seeds: {kind(baseline)} -> {kind(fresh)}")
     if len(fresh.seeds) < len(baseline.seeds):
         out.append(f"fewer seeds in the fresh run: {len(baseline.seeds)} -> {len(fresh.seeds)}")
     elif len(baseline.seeds) < len(fresh.seeds):
         out.append(f"fewer seeds in the baseline: {len(baseline.seeds)} -> {len(fresh.seeds)}")
+    elif set(baseline.seeds) != set(fresh.seeds):
+        out.append(f"other seeds: {_listed(baseline.seeds)} -> {_listed(fresh.seeds)}")
     for label, run in (("baseline", baseline), ("fresh run", fresh)):
         if run.diverged:
             where = ", ".join(f"{s} ({row['phase']}, step {row['gradient_steps']})" for s, row in sorted(run.diverged.items()))
@@ -135,12 +140,15 @@ def table(pairs: list[tuple[str, Run | None, Run | None]], confidence: float, ma
 
 def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path) -> None:
     """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration, dataset and kind of seeds are the same."""
-    for key, run in sorted(fresh.items()):
+    for key, run in fresh.items():
         old = baselines.get(key)
         if old and old.unseen and not run.unseen:
             raise csvs.BadInput(
-                f"{old.path}: holds unseen seeds, which seeds that settings may be chosen on do not replace: delete it first"
+                f"{run.path}: seeds that settings may be chosen on do not replace the unseen ones of {old.path}: "
+                f"run seeds from {csvs.UNSEEN} on (make sweep), or name other --envs or --algos"
             )
+    for key, run in sorted(fresh.items()):
+        old = baselines.get(key)
         if old and csvs.same_experiment(old, run):
             merged = csvs.merge(run, old)
             what = f"seeds {_listed(run.seeds)}" + (f", kept {_listed(set(merged.seeds) - set(run.seeds))}" if merged is not run else "")

@@ -15,8 +15,10 @@ from results.arms import ALGOS, CONTROLS, LADDER, MULTIPLIERS, OFFLINE, PLAIN, R
 from results.comparisons import Task, alive, rank_changes
 from results.csvs import Run
 
-HUES = "C0 C1 C2 C4 C5 C6 C8 C9 navy tan teal plum".split()  # without the limit's red
-COLOURS = {name: hue for names in (PLAIN, CONTROLS) for name, hue in zip([n for n in names if n != "marvel"], itertools.cycle(HUES))}
+# Without the limit's red; as many as there are arms to compare, so that no two in a figure look the same.
+HUES = "C0 C1 C2 C4 C5 C6 C8 C9 navy tan teal plum gold darkgreen indigo slategray peru lime deepskyblue".split()
+OTHERS = [name for name in (*PLAIN, *CONTROLS) if name not in ("marvel", "bc_safe+best")]
+COLOURS = dict(zip(OTHERS, itertools.cycle(HUES)))
 COLOURS |= {"marvel": "black", "bc_safe+best": "grey"}
 
 

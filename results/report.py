@@ -132,7 +132,7 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         "Each line compares the runs below. A claim is *supported* if the 95% interval of the bold number lies above "
         "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
-        "control proves nothing, so the controls are lines of their own. By chance alone one line in twenty gets a "
+        "control proves nothing, so the controls are lines of their own. By chance alone one line in twenty to twelve gets a "
         "verdict. Two algorithms are compared on the seeds that both have. "
         "† the environment steps of the two differ. ‡ on a task, they start from offline checkpoints of the same seeds, but of two runs "
         "of phase 1 (see `algos/README.md`, Reading a run).",
@@ -410,13 +410,13 @@ def settings_tried(folder: Path) -> list[str]:
     if not rows:
         return []
     value = lambda row, key: number(float(row[key])) if row.get(key) else "-"
-    keys = "return cost worst_cost train_cost first_fifth offline_return offline_cost".split()
+    keys = "return cost worst_cost train_cost first_fifth offline_return offline_cost diverged".split()
     share = lambda row: f"{float(row['share_safe']):.0%}" if row.get("share_safe") else "-"
     cells = [
         [row["env"], f"`{row['algo']} {row['arguments']}`", row["seeds"], share(row), *(value(row, key) for key in keys)] for row in rows
     ]
     header = "task, script and arguments, seeds, within the limit, return, cost, largest cost of a seed, cost per training episode, "
-    header += "of the first fifth, offline return, offline cost"
+    header += "of the first fifth, offline return, offline cost, diverged"
     return [
         "# Settings tried",
         "",

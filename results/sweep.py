@@ -104,7 +104,7 @@ def done_seeds(env: str, name: str, arguments: dict[str, str], runs: Path) -> se
         if dataset and sha256(ROOT / dataset.get("path", "")) not in (None, dataset.get("sha256")):
             continue
         own = csvs.words(config.get("command") or "")
-        own = {k: v for k, v in own.items() if k not in NOT_ARGUMENTS}
+        own = {"--cost-limit": str(config["config"].get("cost_limit"))} | {k: v for k, v in own.items() if k not in NOT_ARGUMENTS}
         if own.keys() == arguments.keys() and all(csvs.same_value(own[k], arguments[k]) for k in own):
             first = config["config"].get("seed", 0)
             found |= set(range(first, first + config["config"].get("seeds", 1)))
@@ -128,10 +128,8 @@ def plan(options) -> tuple[list[Job], int, set]:
             for name in options.algos:
                 words = {"--cost-limit": f"{limit:g}"} | csvs.words(options.args)
                 for entry in options.args_for:
-                    pattern, _, arguments = entry.partition("=")
-                    place, slash, algo = pattern.rpartition("/")
-                    if fnmatch(f"{env}/{name}", csvs.task(place) + slash + algo):
-                        words |= csvs.words(arguments)
+                    if fits(entry, env, name):
+                        words |= csvs.words(entry.partition("=")[2])
                 words |= csvs.words(ALGOS[name].arguments)  # last: they are what the name means
                 have = done_seeds(env, name, words, options.runs)
                 made |= offline(env, name, limit, have)
@@ -144,6 +142,12 @@ def plan(options) -> tuple[list[Job], int, set]:
         (later if job.offline & making and not job.offline <= made else first).append(job)
         making |= job.offline
     return first + later, done, made
+
+
+def fits(entry: str, env: str, name: str) -> bool:
+    """Whether an entry of --args-for, PATTERN=ARGS, is for this job."""
+    place, slash, algo = entry.partition("=")[0].rpartition("/")
+    return fnmatch(f"{env}/{name}", csvs.task(place) + slash + algo)
 
 
 def _consecutive(seeds: list[int], most: int) -> list[tuple[int, ...]]:
@@ -398,6 +402,8 @@ def parse(arguments: list[str]):
     for entry in options.args_for:
         if "=" not in entry:
             parser.error(f"--args-for {entry}: must be PATTERN=ARGS")
+        if not any(fits(entry, env, name) for env in options.envs for name in options.algos):
+            print(f"note: --args-for {entry}: fits no ENV/ALGO of --envs and --algos", file=sys.stderr)
     for where, text in (("--args", options.args), *(("--args-for", entry.partition("=")[2]) for entry in options.args_for)):
         try:
             first = shlex.split(text)[:1]

@@ -4,7 +4,7 @@ A line of TRIES.txt is a try: `ALGO ENV [ARGUMENTS...]`, for example `marvel Saf
 A try that stands in tried.csv already, with the same seeds, is not run again, so that a list may be interrupted and go on.
 
     algo, env, arguments, seeds   what was run
-    share_safe                    share of the seeds whose last evaluation costs at most the limit
+    share_safe                    share of the seeds whose last evaluation costs at most the limit; a diverged one is not among them
     return, cost, worst_cost      of that evaluation: means over the seeds, and the largest cost of a seed
     train_cost, first_fifth       `train_cost` and `early_cost` of measures.py; where a fifth of the iterations is not a whole number,
                                   rows of commits before 2026-11-29 rounded it down
@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import csvs
-from results.comparisons import alive
+from results.comparisons import alive, within
 from results.csvs import CHOSEN_ON, ROOT, BadInput, Run
 
 TRIED = ROOT / "results" / "tried.csv"
@@ -41,11 +41,12 @@ MEASURED = {  # column: measure
 
 
 def outcome(run: Run) -> dict[str, float]:
-    """The measured columns of a try (see above), over the seeds that did not diverge."""
+    """The measured columns of a try (see above)."""
     found, kept = alive(run), len(run.seeds) - len(run.diverged)
     means = {column: found[key] for column, key in MEASURED.items() if not np.isnan(found[key]).any()} if kept else {}
-    safe = {"share_safe": np.mean(found["cost"] <= run.cost_limit), "worst_cost": found["cost"].max()} if kept else {}
-    return {k: round(float(np.mean(v)), 3) for k, v in (means | safe).items()} | {"diverged": len(run.diverged)}
+    safe, seeds = within(run)
+    shown = {"share_safe": safe / seeds} | ({"worst_cost": found["cost"].max()} if kept else {})
+    return {k: round(float(np.mean(v)), 3) for k, v in (means | shown).items()} | {"diverged": len(run.diverged)}
 
 
 def tried(path: Path) -> set[tuple[str, ...]]:

@@ -691,8 +691,20 @@ def test_unseen_seeds_never_share_a_table_with_those_that_settings_were_chosen_o
     mixed = replace(mixed, rows=mixed.rows + on_seeds(mixed, 100).rows)
     with pytest.raises(csvs.BadInput, match="report seeds from 100 on apart"):
         assert mixed.unseen
-    with pytest.raises(csvs.BadInput, match="delete it first"):
-        diff.accept({mixed.key: make_run("marvel")}, {mixed.key: on_seeds(make_run("marvel"), 100)}, tmp_path)
+    committed = (tmp_path / ENV / "marvel.csv").read_text()
+    first, both = on_seeds(make_run("cal", seeds=3), 100), [make_run("cal"), make_run("marvel")]
+    with pytest.raises(csvs.BadInput, match=r"do not replace the unseen ones .*run seeds from 100 on"):
+        diff.accept({run.key: run for run in [first, both[1]]}, {mixed.key: on_seeds(make_run("marvel"), 100)}, tmp_path)
+    assert not (tmp_path / ENV / "cal.csv").exists() and (tmp_path / ENV / "marvel.csv").read_text() == committed
+    assert diff.cautions(first, both[0])[:1] == ["other kind of seeds: unseen -> for choosing settings"]
+    assert diff.cautions(make_run("cal"), on_seeds(make_run("cal"), 5)) == ["other seeds: 0 1 2 3 4 -> 5 6 7 8 9"]
+
+
+def test_a_later_run_of_seed_0_does_not_hide_a_sweep(tmp_path):
+    run_folder(on_seeds(make_run("marvel"), 100), tmp_path, "20260101-000000")
+    run_folder(make_run("marvel", seeds=1), tmp_path, "20260102-000000")
+    (found,) = csvs.fresh(tmp_path).values()
+    assert found.seeds == [100, 101, 102, 103, 104]
 
 
 def test_the_ladder_shows_the_rungs_that_were_run(tmp_path):
@@ -826,7 +838,7 @@ if algo != "sac_lag" and not all((offline / str(first + i)).exists() for i in ra
 time.sleep(float(words.get("--sleep", 0.1)))
 folder = runs / env / algo / f"{time.time_ns()}-{os.getpid()}"
 folder.mkdir(parents=True)
-config = {"critics": words.get("--critics", "pretrained"), "cost_limit": float(words["--cost-limit"]), "seed": first, "seeds": n}
+config = {"critics": words.get("--critics", "pretrained"), "cost_limit": float(words.get("--cost-limit", 20)), "seed": first, "seeds": n}
 command = shlex.join(["algos/" + algo + ".py", *sys.argv[1:]])
 about = {"algo": algo, "env": env, "config": config, "command": command, "dataset": None}
 (folder / "progress.csv").write_text("")
@@ -893,6 +905,9 @@ def test_arguments_for_all_and_for_some(tmp_path, fakes, capsys):
     assert x[("marvel", "own:A")] == "2" and x[("marvel", "bullet/EnvB")] == x[("cpq", "own:A")] == "1"
     fresh = [i for i, line in enumerate(lines) if "--critics fresh" in line]
     assert min(fresh) > max(i for i, line in enumerate(lines) if "sac_lag" in line)  # what waits for others comes last
+    assert sweep.main([*some, "--args-for=own:A/marvle=--x 3"]) == 0  # a study's entries may be of tasks that are left out
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == lines and "note: --args-for own:A/marvle=--x 3: fits no ENV/ALGO" in printed.err
     (tmp_path / "study").write_text("# a study\n" + "\n".join(some) + "\n")
     assert sweep.main([f"@{tmp_path / 'study'}"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
@@ -901,7 +916,8 @@ def test_arguments_for_all_and_for_some(tmp_path, fakes, capsys):
 def test_printed_jobs_count_as_done_when_run_by_hand(tmp_path, fakes, capsys):
     sweep.main([*fakes, *ALL, "--print-jobs"])
     for line in capsys.readouterr().out.splitlines():
-        subprocess.run(line, shell=True, check=True, cwd=ROOT)
+        assert " --cost-limit 20 " in line
+        subprocess.run(line.replace(" --cost-limit 20 ", " "), shell=True, check=True, cwd=ROOT)  # the default need not be said
     assert sweep.main([*fakes, *ALL]) == 0
     assert "0 job(s) to run, 8 done" in capsys.readouterr().out
 
@@ -1126,6 +1142,9 @@ def test_the_outcome_of_a_try():
         "share_safe": 0.5, "return": 650.0, "cost": 25.0, "worst_cost": 40.0, "train_cost": (8 * 10 + 8 * 50 + 4 * 100) / 20,
         "first_fifth": 100.0, "offline_return": 500.0, "offline_cost": 30.0, "diverged": 0,
     }  # fmt: skip
+    lost = [r for r in rows if r["seed"] == 0] + [row(1, "online", "diverged", 102, 5000)]
+    found = tune.outcome(csvs.Run(Path("marvel.csv"), "marvel", lost, about(range(2))))
+    assert (found["share_safe"], found["return"], found["diverged"]) == (0.5, 700.0, 1)
 
 
 @pytest.mark.parametrize("lost", [1, 2], ids=["a crash", "all seeds diverged"])
