@@ -1,6 +1,7 @@
 # The Python (3.11, 3.12 or 3.13) that .venv is made with; to change it later, `make clean` first.
 PYTHON ?= python3
-ENV ?= SafetyAntRun
+# Not ?=: shells and clusters use a variable of this name for other things.
+ENV = SafetyAntRun
 ALGO ?= marvel
 ARGS ?=
 # For sweep, diff and accept; empty means the scripts' own defaults (all). More options of a script: OPTIONS='--dry-run'

@@ -9,8 +9,9 @@ Nothing here knows of any algorithm. Rows have fixed columns (absent values are 
 
 A run that was killed goes on with `--resume`: `Logbook.run` saves the whole state between blocks, at most every
 `checkpoint_seconds`, and what it saved ends in the same files, bit for bit, as a run that nothing interrupted. If other code
-takes it up, one line says so, each row names the commit that made it, and config.json describes who began the run and, under
-`resumed`, who went on. With each state the rows that it holds go to the tracker of `--track`, if there is one.
+takes it up, one line says so, each row names the commit that wrote it, and config.json describes who began the run and, under
+`resumed`, who went on. Rows of an offline checkpoint that was there name the commit that took it up; its header names its maker.
+With each state the rows that it holds go to the tracker of `--track`, if there is one.
 """
 
 import ast
@@ -130,7 +131,7 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
             args = read(args_class())
             preset = (presets or {}).get(getattr(args, "preset", ""), {})
             values = dict(preset.get("*", {}))
-            values |= preset.get(recorded(args.env), {})
+            values |= preset.get(recorded(args.env), {}) if preset else {}
             if getattr(args, "eval", None):
                 _, meta = checkpoint.load_policy(args.eval)
                 values |= {"env": meta["env"], "cost_limit": meta["config"].get("cost_limit", args.cost_limit)}

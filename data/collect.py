@@ -133,8 +133,7 @@ def train(env: str, behaviour: Behaviour) -> Path:
     words = f"--env {env} --cost-limit {behaviour.cost_limit} --env-steps {behaviour.env_steps} --evals {behaviour.evals}"
     command = [sys.executable, str(ROOT / "algos" / "sac_lag.py"), *words.split(), *COMMON.split(), *behaviour.options.split()]
     print(" ".join(command), file=sys.stderr)
-    folder = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
-    return Path(folder)
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1].strip())
 
 
 def pack(env: str, folders: list[Path]) -> None:
@@ -274,9 +273,17 @@ def main(args: Args) -> None:
     env = envs.make(args.env, privileged=True)
     out = args.out or dsrl.default_path(env.name)
     dsrl.check_output(out)
+    if args.runs and not args.train:
+        raise DatasetError(f"--runs {' '.join(map(str, args.runs))}: only with --train, whose runs it replaces: add that")
     if args.train:
         if env.name not in RECIPES:
             raise DatasetError(f"{env.name}: no recipe; add one to RECIPES in data/collect.py (there are {', '.join(RECIPES)})")
+        for folder in args.runs:
+            if not any(folder.glob("snapshot-seed0-*")):
+                raise DatasetError(f"--runs {folder}: holds no snapshot-seed0-*: name a run folder of algos/sac_lag.py --snapshots")
+        if args.runs and len(args.runs) != len(RECIPES[env.name]):
+            wanted = f"{len(RECIPES[env.name])} folders, one for each behaviour of {env.name}"
+            raise DatasetError(f"--runs: {len(args.runs)} given; name {wanted}")
         folders = list(args.runs) or [train(env.name, behaviour) for behaviour in RECIPES[env.name]]
         pack(env.name, folders)
     path = policies_path(env.name)

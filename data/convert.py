@@ -360,8 +360,8 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
         return stacked[0] if len(stacked) == 1 else np.concatenate(stacked, 1)
 
     def total(role):
-        first, *others = (parts[name] for name in columns[role])
-        return sum((part.reshape(n) for part in others), first.reshape(n)) if others else first
+        first, *others = (parts[name] for name in columns[role])  # added as floats: two flags would be one, two bytes run over
+        return sum((part.reshape(n).astype(np.float64) for part in others), first.reshape(n).astype(np.float64)) if others else first
 
     terminals, timeouts, dones = (_flags(source, columns[role], parts, n) for role in ("terminal", "timeout", "done"))
     notes, horizon = [f"costs from {', '.join(columns['cost'])}"], options.horizon
@@ -541,6 +541,7 @@ def main(words: list[str] | None = None) -> None:
         inspect.draw(args.out.with_suffix(".png"), args.out.stem, dataset, args.cost_limit)
     inspect.show(args.to or args.out, dataset, args.cost_limit, notes, horizon)
     if env:
+        inspect.check_name(args.source, found, env)
         inspect.check_env(dataset, args.source, env)
 
 

@@ -205,6 +205,13 @@ def check_env(dataset: Dataset, path: str | os.PathLike, env: Any) -> None:
         _warn(path, f"does not fit {env.name}: {wrong}. Are columns in another order or unit, or normalised?")
 
 
+def check_name(path: str | os.PathLike, about: dict[str, Any], env: Any) -> None:
+    """Prints a warning if the attributes of the dataset of `path` name another task than `env` (`envs.make`)."""
+    named = envs.recorded(str(about.get("env", env.name)))
+    if named.rpartition(":")[2] != env.name.rpartition(":")[2]:
+        _warn(path, f"says that it is of {named}, not of {env.name}: rewards and costs may be another task's")
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -230,6 +237,7 @@ def main(words: list[str] | None = None) -> None:
         draw(args.plot, Path(args.source).stem, dataset, args.cost_limit)
         print(f"  {args.plot}")
     if env:
+        check_name(args.source, about, env)
         check_env(dataset, args.source, env)
         print(f"  compared with {env.name}")
 

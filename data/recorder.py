@@ -158,8 +158,7 @@ class Recorder(gymnasium.Wrapper):
         about: dict[str, Any] = {"action_low": self._low.tolist(), "action_high": self._high.tolist()}
         spec = self.env.spec
         if spec is not None:
-            native = {task.reference_id: name for name, task in envs.TASKS.items()}
-            about["env"] = native.get(spec.id, spec.id)
+            about["env"] = envs.recorded(spec.id)
             if spec.max_episode_steps:
                 about["horizon"] = spec.max_episode_steps
         return about

@@ -129,5 +129,8 @@ class GymVectorEnv(VectorEnv):
 
 
 def make(name: str, num_envs: int | None, backend: str | None, memory: bool, horizon: int | None) -> GymEnv | GymVectorEnv:
+    task = envs.TASKS.get(envs.recorded(name))
+    if memory and backend == envs.reference.BACKEND and task is not None and task.memory_size:
+        raise envs.UnknownName(f"{name} on the backend {backend} remembers nothing: leave memory out, or the backend")
     arguments = backend, memory, horizon
     return GymEnv(name, *arguments) if num_envs is None else GymVectorEnv(name, num_envs, *arguments)

@@ -50,6 +50,13 @@ def test_the_table_can_be_read_again(bench, tmp_path):
     assert float(found[0]["ours"]) == pytest.approx(12345.6, rel=0.01) and float(found[0]["ratio"]) == pytest.approx(2469, rel=0.01)
     assert found[1]["peer"] == found[1]["ratio"] == ""
     assert len(bench.show(rows).splitlines()) == 3
+    bench.write([bench.Row("c", 0.5, "ms")], tmp_path / "t.csv")  # a part alone measured again
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [(row["what"], row["ours"]) for row in csv.DictReader(file)] == [("c", "0.5"), ("a, b", "12346")]
+
+
+def test_good_arguments_are_taken(bench):
+    assert logbook.parse(bench.Args, "--only floor --repeats 2".split()).only == ("floor",)
 
 
 def test_a_missing_peer_is_one_line(bench):

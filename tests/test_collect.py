@@ -124,6 +124,19 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeyp
     assert not left(tmp_path)
 
 
+def test_run_folders_that_cannot_be_taken_are_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "train", None)
+    folder, out = tmp_path / "run", tmp_path / "x.hdf5"
+    for words, said in (({}, "only with --train"), ({"train": True}, "holds no snapshot-seed0-")):
+        with pytest.raises(dsrl.DatasetError, match=f"^--runs {folder}: {said}"):
+            collect.main(collect.Args(NAME, out=out, runs=(folder,), **words))
+    folder.mkdir()
+    (folder / "snapshot-seed0-00000001.safetensors").touch()
+    with pytest.raises(dsrl.DatasetError, match="^--runs: 9 given; name . folders"):
+        collect.main(collect.Args(NAME, out=out, train=True, runs=(folder,) * 9))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("transitions", [0, -5])
 def test_a_size_that_is_none_is_refused(tmp_path, monkeypatch, transitions):
     monkeypatch.setattr(collect, "collect", None)

@@ -133,6 +133,25 @@ def test_names_can_be_given_and_put_together(tmp_path):
     assert '"cost": ["hazard", "fall"]' in about["converted_with"]
 
 
+@pytest.mark.parametrize("kind, size", [(bool, 1), (np.uint8, 200)])
+def test_costs_of_small_types_are_added_as_numbers(tmp_path, kind, size):
+    """Two flags add up to 2, not to one flag, and two bytes of 200 to 400."""
+    cost = np.full(N, size).astype(kind)
+    columns = {k: v for k, v in d4rl().items() if k != "infos/cost"} | {"costs_a": cost, "costs_b": cost}
+    made, _ = converted(tmp_path, columns, "--cost", "costs_a", "costs_b", ending=".npz")
+    assert set(np.unique(made.costs)) == {2 * size}
+
+
+def test_a_file_of_another_task_is_told(tmp_path, capsys):
+    dataset, _ = dsrl.load(dsrl.default_path("SafetyPointCircle1"))
+    dsrl.save(tmp_path / "a.hdf5", dsrl.Dataset._make(None if x is None else x[:1000] for x in dataset), {"env": "SafetyPointCircle1"})
+    said = "says that it is of SafetyPointCircle1, not of SafetyPointCircle2"
+    for module, words in ((inspect, ()), (convert, (tmp_path / "b.hdf5",))):
+        assert run(module, tmp_path / "a.hdf5", *words, "--env", "SafetyPointCircle2") is None
+        assert said in capsys.readouterr().err
+    assert run(inspect, tmp_path / "a.hdf5", "--env", "SafetyPointCircle1") is None and said not in capsys.readouterr().err
+
+
 def test_a_table_as_pandas_writes_it(tmp_path):
     columns = table(d4rl())
     words = {name: np.where(columns[name], "True", "False") for name in ("terminal", "timeout")}
@@ -422,7 +441,8 @@ def changes(dataset):
     }
 
 
-HERE = sorted((ROOT / "data").glob("*.hdf5"))
+TASKS = "SafetyAntRun SafetyCarRun SafetyHalfCheetahVelocity SafetyPointCircle1 SafetyPointRun SafetySwimmerVelocity".split()
+HERE = [dsrl.default_path(name) for name in TASKS]  # not what runs have made there since
 
 
 QUICK = "SafetyPointRun", "SafetyHalfCheetahVelocity"

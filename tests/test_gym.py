@@ -139,6 +139,8 @@ def test_misuse_is_refused():
             envs.gym_make("SafetyPointRun", num_envs=number)
     with pytest.raises(envs.UnknownName, match="Did you mean SafetyPointRun"):
         envs.gym_make("SafetyPointRum")
+    with pytest.raises(envs.UnknownName, match="remembers nothing: leave memory out"):  # it would observe 12 numbers, not 13
+        envs.gym_make("SafetyPointRun", backend="safety-gymnasium", memory=True)
     for env in (envs.gym_make("SafetyPointRun"), envs.gym_make("SafetyPointRun", num_envs=2)):
         with pytest.raises(gymnasium.error.ResetNeeded):
             env.step(env.action_space.sample())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import deviation, physics_mjx
+from envs import deviation, physics_mjx, physics_mujoco
 from envs.physics_mjx import MjxState
 from envs.rollout import collect, start_rollout
 
@@ -88,6 +88,7 @@ def test_no_host_callback_in_any_task(name):
 def test_mjx_is_the_default_where_jax_does_not_compute_on_a_cpu(monkeypatch):
     assert envs.make(POINT).backend == "mujoco"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(physics_mujoco, "WORKERS", 2)  # with many cores C MuJoCo is faster
     assert envs.make(POINT).backend == "mjx" and envs.make(POINT, "mujoco").backend == "mujoco"
 
 

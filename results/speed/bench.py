@@ -156,12 +156,18 @@ def show(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], path: Path) -> None:
+    """Rows that stand in the file and were not measured now are kept, behind the new ones."""
+    kept, new = [], {cells(row)[COLUMNS[0]] for row in rows}
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row.get(COLUMNS[0]) not in new]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         numbers = ("ours", "peer", "ratio", "floor", "times_floor")
         plain = lambda k, v: v.replace(",", "") if k in numbers else v
         writer.writerows({k: plain(k, v) for k, v in cells(row).items()} for row in rows)
+        writer.writerows(kept)
 
 
 # ---------------------------------------------------------------- measuring

@@ -121,7 +121,8 @@ def main() -> None:
     others = []
     if options.out.exists():
         with open(options.out, newline="") as file:
-            others = [row for row in csv.DictReader(file) if row["machine"] != model]
+            again = lambda row: row["task"] in options.tasks and int(row["cores"]) in options.cores and int(row["envs"]) in options.envs
+            others = [row for row in csv.DictReader(file) if row["machine"] != model or not again(row)]
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -183,15 +183,27 @@ def run(command: list[str], limit: float, got) -> str:
 
     timer = threading.Timer(limit, end)
     timer.start()
-    for line in process.stdout:
-        if line.startswith("ROW "):
-            got(json.loads(line[4:]))
-    status = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                got(json.loads(line[4:]))
+        status = process.wait()
+    finally:  # interrupted, too: else the child keeps the GPU
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     reader.join(5)
     if late.is_set():
         return f"ended after {limit:.0f} s"
     return "" if status == 0 else f"exit {status}: {(errors or [''])[-1].strip()[:200]}"
+
+
+def others(path: Path, prefix: str, measured: set) -> list[dict]:
+    """The rows of `path` that are of none of the jobs to be `measured`, (prefix + backend, task)."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if (prefix + row["backend"], row["task"]) not in measured]
 
 
 def main() -> None:
@@ -209,15 +221,19 @@ def main() -> None:
     args = p.parse_args()
     if args.job:
         return child(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ends = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
+    wanted = {(job, task) for job, task, *_ in JOBS if job in (args.only or [job]) and task in (args.tasks or [task])}
+    kept = {name: others(args.out / name, prefix, wanted) for name, prefix in (("gpu.csv", ""), ("gpu_episodes.csv", "episodes-"))}
     with open(args.out / "gpu.csv", "w", newline="") as a, open(args.out / "gpu_episodes.csv", "w", newline="") as b:
         tables = {False: (a, csv.DictWriter(a, COLUMNS)), True: (b, csv.DictWriter(b, EPISODES))}
-        for file, table in tables.values():
+        for (file, table), rows in zip(tables.values(), kept.values(), strict=True):
             table.writeheader()
+            table.writerows(rows)
             file.flush()
         for job, task, n, most in JOBS:
-            if (args.only and job not in args.only) or (args.tasks and task not in args.tasks):
+            if (job, task) not in wanted:
                 continue
             kind, _, backend = job.rpartition("-")
             left = ends - time.monotonic()

@@ -51,15 +51,18 @@ def size(tree) -> int:
 
 def measure(name: str, args: Args) -> dict[str, float]:
     """Bytes by part: of one environment, one transition, one seed's parts, the dataset, and everything."""
-    env, defaults = envs.make(name, "mjx"), marvel.Args()
-    keys = jax.random.split(jax.random.key(0), defaults.eval_episodes)  # evaluation runs the most environments at a time
+    defaults = marvel.Args()
+    env = envs.make(name, "mjx", defaults.privileged_critic, defaults.odometer)
+    # Evaluations run that many at a time, and the rank diagnostic two for each of its points.
+    keys = jax.random.split(jax.random.key(0), max(defaults.eval_episodes, 2 * defaults.rank_points))
     state = jax.eval_shape(lambda keys: env.reset(keys)[0], keys)
-    fields = (env.obs_size, env.action_size, 1, 1, env.obs_size, 1)
+    seen = env.obs_size + env.privileged_size
+    fields = (seen, env.action_size, 1, 1, seen, 1)
     transition = 4 * sum(fields)
 
     def learner(key):
         networks, optimizers = training.make_networks(defaults, env), cpq.make_optimizers(defaults)
-        params = training.init_params(key, networks, env.obs_size + env.privileged_size)
+        params = training.init_params(key, networks, seen)
         return training.init_learner(params | {"log_dual": jnp.float32(0)}, optimizers)
 
     # Phase 1 has the most: every network, and an optimiser for each.
