@@ -74,7 +74,7 @@ class EvalArgs:
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action (release)"""
     eval: Path | None = None
-    """replay this checkpoint instead of training, and print return and cost"""
+    """replay this checkpoint on its own task, by its own cost limit, instead of training, and print return and cost"""
     episodes: int = 20
     """episodes to replay with --eval"""
     video: Path | None = None
