@@ -27,10 +27,9 @@ same switches, the multiplier excepted; and
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,6 +42,7 @@ from algos import cpq, finetuning, logbook, training
 from algos.finetuning import FinetuneArgs
 from algos.networks import Networks, kl_divergence, sample_action
 from algos.training import Learner, Run, apply_gradient, update_targets
+from envs import TASKS
 from envs.rollout import Batch
 
 
@@ -52,20 +52,22 @@ class Args(FinetuneArgs):
 
     cost_critics: int = 4
     """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4)"""
-    init_multiplier: float | None = None  # type: ignore[assignment]  # None only until the task is known
-    """lambda at the start (default, CAL: 0.7 per raw reward)"""
+    init_multiplier: float = 0.07
+    """lambda at the start (CAL: 0.69 per raw reward)"""
     multiplier_lr: float = 3e-4
     """Adam step size of log lambda (CAL: 3e-4)"""
-    rectification: float | None = None
-    """kappa, scaled reward per squared unit of cost (default, CAL: 10 per raw reward); 0: lambda alone"""
-
-    def resolved(self) -> Self:
-        scaled = lambda value, published: round(published * (self.reward_scale or 1.0), 6) if value is None else value
-        return replace(self, init_multiplier=scaled(self.init_multiplier, 0.7), rectification=scaled(self.rectification, 10.0))
+    rectification: float = 1.0
+    """kappa, scaled reward per squared unit of cost (CAL: 10 per raw reward); 0: lambda alone"""
 
 
+def _scaled(reward_scale: float) -> dict:
+    """What of Args is in scaled rewards, and there for a reward_scale of 0.1."""
+    return {name: round(getattr(Args, name) * reward_scale / 0.1, 6) for name in ("init_multiplier", "rectification")}
+
+
+SUITE = finetuning.SUITE | {task.name: _scaled(task.reward_scale) for task in TASKS.values() if task.reward_scale != 0.1}
 # The others' release starts from lambda = 0, which log lambda cannot.
-PRESETS = finetuning.PRESETS | {"release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(init_multiplier=Args.init_multiplier)}}
+PRESETS = {"suite": SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(init_multiplier=Args.init_multiplier)}}
 
 # ---------------------------------------------------------------- losses
 

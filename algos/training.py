@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,6 @@ class RunArgs:
     """least time between two saves of the whole state, s"""
     track: tracking.Name = "none"
     """send the rows of progress.csv to a tracker too, one run per seed; --resume doubles nothing"""
-
-    def resolved(self) -> Self:
-        """With what depends on the task in place of None; the task's own reward_scale is there already."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -283,7 +279,6 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
         args = replace(args, odometer=False, **({"privileged_critic": False} if privileged else {}))
     if hasattr(args, "reward_scale"):
         args = replace(args, reward_scale=args.reward_scale or env.reward_scale)
-    args = args.resolved()
     seeds = list(range(args.seed, args.seed + args.seeds))
     roots = jax.vmap(jax.random.key)(jnp.array(seeds))
     if not dataset:

@@ -24,7 +24,7 @@ SMALL = dict(hidden=(8,), gamma=0.9, reward_scale=0.1)
 
 def built(algo, **changes):
     """(arguments, networks, parameters) of small networks."""
-    args = algo.Args(**{**SMALL, "vae_hidden": (8,), **changes}).resolved()
+    args = algo.Args(**{**SMALL, "vae_hidden": (8,), **changes})
     networks = training.make_networks(args, ENV)
     params = training.init_params(jax.random.key(0), networks, ENV.obs_size)
     if algo is bear_lag:

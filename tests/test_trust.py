@@ -614,10 +614,14 @@ def test_a_replayed_checkpoint_brings_task_and_limit(tmp_path):
 
 
 def test_cals_numbers_are_per_raw_reward():
-    for scale, kappa, multiplier in ((0.1, 1.0, 0.07), (1.0, 10.0, 0.7)):
-        args = cal.Args(reward_scale=scale).resolved()
-        assert (args.rectification, args.init_multiplier) == (kappa, multiplier)
-    assert cal.Args(reward_scale=1.0, rectification=0.0).resolved().rectification == 0
+    parsed = lambda *words: logbook.parse(cal.Args, ["--env", *words], cal.PRESETS)
+    for task, scale in (("SafetyPointRun", 0.1), ("SafetyAntRun", 0.1), ("SafetyPointCircle1", 1.0)):
+        assert envs.TASKS[task].reward_scale == scale
+        args, released = parsed(task), parsed(task, "--preset", "release")
+        assert (args.rectification, args.init_multiplier) == pytest.approx((10 * scale, 0.7 * scale))
+        assert (released.rectification, released.init_multiplier) == (1.0, 0.07) and released.reward_scale == 0.1
+    assert parsed("SafetyAntRun").iterations == finetuning.SUITE["SafetyAntRun"]["iterations"]
+    assert parsed("SafetyPointCircle1", "--rectification", "0").rectification == 0
 
 
 def test_what_the_package_s_own_environment_lacks_is_not_recorded_as_seen(tmp_path):
