@@ -361,7 +361,7 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
 
     def total(role):
         first, *others = (parts[name] for name in columns[role])  # added as floats: two flags would be one, two bytes run over
-        return sum((part.reshape(n).astype(np.float64) for part in others), first.reshape(n).astype(np.float64)) if others else first
+        return sum(part.reshape(n).astype(np.float64) for part in (first, *others)) if others else first
 
     terminals, timeouts, dones = (_flags(source, columns[role], parts, n) for role in ("terminal", "timeout", "done"))
     notes, horizon = [f"costs from {', '.join(columns['cost'])}"], options.horizon

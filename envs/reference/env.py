@@ -141,11 +141,10 @@ def make(name: str, backend: str | None, horizon: int | None = None) -> Referenc
         raise envs.UnknownName(f"{name} has a horizon of its own: --horizon is for environments named module:id (envs/README.md)")
     if name.startswith(BULLET):
         backend, python, mend = "bullet", bullet_python(), "make setup-bullet"
-        task, wanted = name.removesuffix("-v0"), name.removeprefix(BULLET).removesuffix("-v0") + "-v0"
+        task, wanted = envs.recorded(name), name.removeprefix(BULLET).removesuffix("-v0") + "-v0"
     else:
         backend, python, mend = BACKEND, sys.executable, "make setup"
-        by_id = {task.reference_id: task.name for task in envs.TASKS.values()}
-        task = by_id.get(name, name)
+        task = envs.recorded(name)
         wanted = envs.TASKS[task].reference_id if task in envs.TASKS else name
     try:
         pool = Pool(backend, wanted, python)
