@@ -15,8 +15,8 @@ checkpoint that this file has left under RUNS/ENV/offline/cpq/ for the same argu
 Units: critics see reward * reward_scale and raw cost.
 
 Deviations, P from the paper, R from the reference code (OSRL), and the value of the argument that undoes each:
- 1 (R) The OOD penalty has a gradient: it goes through the online cost critic. --no-ood-gradient takes the target critic's value,
-   without one, as OSRL does: CPQ without the penalty.
+ 1 (R) The OOD penalty has a gradient: it goes through the online cost critic. OSRL's goes through the target critic and has none:
+   CPQ without the penalty (--no-ood-gradient; VAE and alpha, which serve the penalty alone, then stay untrained).
  2 (P, R) The OOD penalty is estimated on some of the batch's states (--ood-states 0: on all).
  3 (P, R) An action counts as OOD only if its KL is beyond that of 99% of the batch's own actions (--ood-quantile 0: always).
  4 (P, R) The penalty acts only while E_ood Qc < qc_thres (--no-one-sided-penalty: always), and alpha starts at 0.01 (--init-dual 1).
@@ -76,7 +76,7 @@ class CPQArgs(OfflineCriticArgs):
     ood_quantile: float = 0.99
     """an action counts if its KL is beyond this quantile of the batch's own actions'; 0: always (paper, OSRL)"""
     ood_gradient: bool = True
-    """the penalty goes through the online cost critic (paper), not the target critic without a gradient (OSRL)"""
+    """the penalty goes through the online cost critic (paper); no: there is none, as OSRL's has no gradient"""
     one_sided_penalty: bool = True
     """the penalty acts only while E_ood Qc < qc_thres (paper, OSRL: no)"""
     gate_quantile: float = 0.9
@@ -139,6 +139,11 @@ def unconstrained(threshold) -> bool:
     return isinstance(threshold, float) and math.isinf(threshold)
 
 
+def penalised(qc_thres, args) -> bool:
+    """Whether OOD actions are penalised: not at an infinite limit, where none is too cheap. VAE and alpha serve this penalty alone."""
+    return args.ood_gradient and not unconstrained(qc_thres)
+
+
 def ood_actions(params: dict, batch: Batch, key, networks: Networks, args: CPQArgs):
     """The `ood_fraction` of the policy's actions with the largest encoder KL: obs (m, o), action (m, a), weight (m,).
 
@@ -159,7 +164,7 @@ def ood_actions(params: dict, batch: Batch, key, networks: Networks, args: CPQAr
 def cpq_critic_loss(critics, params: dict, targets, batch: Batch, ood, key, networks: Networks, args, limits, max_qc: float):
     """Both critics of CPQ: safe actions only in the reward backup, OOD actions' cost pushed up to qc_thres.
 
-    `limits` = (q_thres, qc_thres); `max_qc` bounds Qc' from above (--clip-cost-target).
+    `limits` = (q_thres, qc_thres); `ood` = ood_actions(...), None without the penalty; `max_qc` bounds Qc' from above (--clip-cost-target).
     """
     q_thres, qc_thres = limits
     action, _ = sample_action(key, *networks.actor.apply(params["actor"], batch.next_obs))
@@ -173,10 +178,10 @@ def cpq_critic_loss(critics, params: dict, targets, batch: Batch, ood, key, netw
     chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
     reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
     info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
-    if unconstrained(qc_thres):  # no action is too cheap
+    if not penalised(qc_thres, args):
         return reward_loss + cost_loss, info | {"qc_ood": jnp.float32(jnp.nan)}
     ood_obs, ood_action, weight = ood
-    qc_ood = networks.qcs(critics if args.ood_gradient else jax.lax.stop_gradient(targets), ood_obs, ood_action).mean(0)
+    qc_ood = networks.qcs(critics, ood_obs, ood_action).mean(0)
     qc_ood = qc_thres + jnp.sum(weight * (qc_ood - qc_thres)) / jnp.maximum(weight.sum(), 1.0)
     below = jnp.minimum(qc_ood - qc_thres, 0.0) if args.one_sided_penalty else qc_ood - qc_thres
     return reward_loss + cost_loss - jnp.exp(params["log_dual"]) * below, info | {"qc_ood": qc_ood}
@@ -192,8 +197,9 @@ def cpq_actor_loss(actor, critics, batch: Batch, safe: Batch, key, networks: Net
     action, log_prob = sample_action(key, *networks.actor.apply(actor, batch.obs))
     q, qc = networks.q(critics, batch.obs, action), networks.qc(critics, batch.obs, action)
     scale = jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-3)
-    cloning = -jnp.mean(log_probability(safe.action, *networks.actor.apply(actor, safe.obs)))
-    loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q) / scale + args.cloning_weight * cloning
+    loss = -jnp.mean(jax.lax.stop_gradient(qc <= q_thres) * q) / scale
+    if args.cloning_weight:
+        loss -= args.cloning_weight * jnp.mean(log_probability(safe.action, *networks.actor.apply(actor, safe.obs)))
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
@@ -204,15 +210,17 @@ def cpq_step(learner: Learner, batches: tuple[Batch, Batch], key, networks: Netw
     """VAE, both critics, the OOD constraint's dual, actor; minibatches of all and of safe trajectories."""
     batch, safe = batches
     key_vae, key_ood, key_critic, key_actor = jax.random.split(key, 4)
-    gradient = jax.grad(vae_loss)(learner.params["vae"], batch.obs, batch.action, key_vae, networks.vae, args.vae_beta)
-    learner = apply_gradient(learner, optimizers, "vae", gradient)
-    ood = ood_actions(learner.params, batch, key_ood, networks, args)
+    penalty, ood = penalised(limits[1], args), None
+    if penalty:
+        gradient = jax.grad(vae_loss)(learner.params["vae"], batch.obs, batch.action, key_vae, networks.vae, args.vae_beta)
+        learner = apply_gradient(learner, optimizers, "vae", gradient)
+        ood = ood_actions(learner.params, batch, key_ood, networks, args)
     limits = calibrated(limits, learner.targets, safe, networks, args)
     gradient, info = jax.grad(cpq_critic_loss, has_aux=True)(
         learner.params["critics"], learner.params, learner.targets, batch, ood, key_critic, networks, args, limits, max_qc
     )
     learner = apply_gradient(learner, optimizers, "critics", gradient)
-    if not unconstrained(limits[1]):
+    if penalty:
         gradient = jax.grad(dual_loss)(learner.params["log_dual"], info["qc_ood"], limits[1])
         learner = apply_gradient(learner, optimizers, "log_dual", gradient)
         learner.params["log_dual"] = jnp.clip(learner.params["log_dual"], -5.0, 5.0)

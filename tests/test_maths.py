@@ -944,7 +944,7 @@ def test_freeze_actor():
 
 
 def test_ood_penalty_as_published(variant):
-    """Two-sided: above qc_thres it pushes down. Without a gradient (OSRL) it moves the loss by the target critic's value only."""
+    """Two-sided: above qc_thres it pushes down. OSRL's has no gradient: alpha then has no say."""
     fixed, batch, actor, critics, targets = setting(marvel, cost_limit=1.0, one_sided_penalty=False)
     critics = {**critics, "cost": critics["cost"].at[0, 0].set(30.0)}
     key, alpha = jax.random.key(0), 1.7
@@ -957,9 +957,8 @@ def test_ood_penalty_as_published(variant):
     np.testing.assert_allclose(np.float64(on["cost"][0]) - off["cost"][0], -alpha * phi, atol=2e-3)
     blind = fixed._replace(args=replace(fixed.args, ood_gradient=False))
     (on_loss, on), (off_loss, off) = value(blind, math.log(alpha)), value(blind, -100.0)
-    np.testing.assert_allclose(on["cost"], off["cost"], atol=1e-6)
-    expected = phi @ np.float64(targets["cost"][0]) - thresholds(fixed)[1]
-    assert float(off_loss - on_loss) == pytest.approx(alpha * expected, rel=1e-3)
+    np.testing.assert_array_equal(on["cost"], off["cost"])
+    assert float(off_loss) == float(on_loss)
 
 
 @pytest.mark.parametrize("module", [offline, bear_lag])
