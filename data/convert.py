@@ -69,6 +69,7 @@ class Options:
     done: tuple[str, ...] = ()
     horizon: int | None = None  # steps after which a time limit ends each episode
     terminals_are_timeouts: bool = False
+    clip_actions: bool = False  # of what is beyond the bounds, as the simulator did, where the data holds what the policy asked for
     action_low: tuple[float, ...] = ()  # the environment's bounds: one number, or one per action
     action_high: tuple[float, ...] = ()
 
@@ -146,6 +147,10 @@ def _csv(path: Path) -> Source:
         return float({"true": 1, "false": 0}.get(text.strip().lower(), text))
 
     def read(wanted):
+        with open(path, newline="", encoding="utf-8-sig") as file:  # loadtxt takes a row that is too long, and shifts it
+            for row in (rows := csv.reader(file)):
+                if row and len(row) != len(names):
+                    error(path, f"line {rows.line_num} has {len(row)} cells, the first {len(names)}", mend)
         columns = [names.index(name) for name in wanted]
         words = {i: truth for i in columns if i < len(first) and first[i].strip().lower() in ("true", "false")}
         try:
@@ -268,9 +273,12 @@ def _rescaled(source: str, actions: np.ndarray, options: Options) -> np.ndarray:
         return actions
     low, high = (np.array(x, float) for x in (options.action_low, options.action_high))
     text = f"actions range over [{actions.min():.6g}, {actions.max():.6g}]"
+    clip = "--clip-actions if the simulator clipped them"
     if not low.size and not high.size:
+        if options.clip_actions:
+            return np.clip(actions, -1.0, 1.0)
         if np.abs(actions).max() > 1 + dsrl.ACTION_TOLERANCE:
-            error(source, f"{text}, beyond [-1, 1]", "name the environment's bounds with --action-low LOW --action-high HIGH")
+            error(source, f"{text}, beyond [-1, 1]", f"name the environment's bounds with --action-low LOW --action-high HIGH, or {clip}")
         return actions
     for bound in (low, high):
         if bound.size not in (1, actions.shape[1]):
@@ -280,8 +288,8 @@ def _rescaled(source: str, actions: np.ndarray, options: Options) -> np.ndarray:
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         error(source, "--action-low is not below --action-high", "give the bounds of the environment's actions")
     scaled = 2 * (actions - low) / (high - low) - 1
-    if np.abs(scaled).max() > 1 + dsrl.ACTION_TOLERANCE:
-        error(source, f"{text}, beyond --action-low and --action-high", "give the bounds of the environment's actions")
+    if np.abs(scaled).max() > 1 + dsrl.ACTION_TOLERANCE and not options.clip_actions:
+        error(source, f"{text}, beyond --action-low and --action-high", f"give the bounds of the environment's actions, and {clip}")
     return np.clip(scaled, -1.0, 1.0)
 
 
@@ -354,6 +362,15 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
     n = len(next(iter(parts.values())))
     if not n:
         error(source, "zero transitions", "collect the dataset again")
+
+    for role, names in columns.items():
+        rows = role in ("obs", "next_obs", "action")
+        for part, name in ((parts[name], name) for name in names):
+            if len(names) > 1 and part.dtype.kind not in "fiub":
+                error(source, f"{name} holds {part.dtype}, not numbers", f"name other columns with --{role.replace('_', '-')}")
+            if part.ndim > 2 and len(names) > 1 if rows else part.size != n and (len(names) > 1 or role in ("terminal", "timeout", "done")):
+                wanted = "a row of numbers" if rows else "one number"
+                error(source, f"{name} has the shape {part.shape}, not {wanted} per transition", "export its columns one by one")
 
     def matrix(role):
         stacked = [part[:, None] if part.ndim == 1 else part for part in (parts[name] for name in columns[role])]
@@ -478,6 +495,7 @@ def parser(description: str | None, module: str) -> Parser:
     made = Parser(
         prog=f"python -m {module}", description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    made._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's takes -1e0 and -2. for options
     made.add_argument("source", metavar="FILE", help="an .hdf5, .npz or .csv file, a Minari dataset's folder, or minari:NAME")
     made.add_argument("--env", help="the environment that the data is of; compared with it")
     made.add_argument("--cost-limit", type=float, default=20.0, help="trajectories up to this cost count as safe (default: 20)")
@@ -487,6 +505,8 @@ def parser(description: str | None, module: str) -> Parser:
     reading = made.add_argument_group("reading")
     reading.add_argument("--horizon", type=positive, metavar="N", help="a time limit: set a time-out every N steps within an episode")
     reading.add_argument("--terminals-are-timeouts", action="store_true", help="read terminals as time-outs, for files that store them so")
+    text = "clip what is beyond the actions' bounds, as the simulator did, where FILE holds the policy's own actions"
+    reading.add_argument("--clip-actions", action="store_true", help=text)
     for side in ("low", "high"):
         text = f"the actions' {side}est value in the environment, one or one each; the range is rescaled to [-1, 1]"
         reading.add_argument(f"--action-{side}", type=float, nargs="+", default=(), metavar="X", help=text)
@@ -535,6 +555,8 @@ def main(words: list[str] | None = None) -> None:
     horizon = env.horizon if env else options.horizon
     dsrl.check_episodes(dataset, args.source, horizon)
     if args.to:
+        if dataset.privileged is not None:
+            notes.append(f"left out: {', '.join(PRIVILEGED)}, for which Minari has no place")
         print(f"{to_minari(args.to.removeprefix('minari/'), dataset, about)}: written")
     else:
         dsrl.save(args.out, dataset, about)

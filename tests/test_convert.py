@@ -1,6 +1,7 @@
 """data/convert.py and data/inspect.py: what they read, what they refuse and how they say so, and data of another environment."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -215,9 +216,21 @@ def test_actions_are_rescaled(tmp_path):
     unit = columns["actions"]
     made, _ = converted(tmp_path, columns | {"actions": 2 * unit}, "--action-low", -2, "--action-high", 2)
     np.testing.assert_allclose(made.actions[:19], unit[:19], atol=1e-6)
+    made, _ = converted(tmp_path, columns | {"actions": 2 * unit}, "--action-low", "-2.", "--action-high", "2e0")
+    np.testing.assert_allclose(made.actions[:19], unit[:19], atol=1e-6)
     wide = columns | {"actions": np.stack([5 * unit[:, 0] + 3, unit[:, 1]], 1)}
     made, _ = converted(tmp_path, wide, "--action-low", -2, -1, "--action-high", 8, 1)
     np.testing.assert_allclose(made.actions[:19], unit[:19], atol=1e-6)
+
+
+def test_actions_that_the_simulator_clipped(tmp_path):
+    columns = d4rl()
+    unit, wide = columns["actions"], 3 * columns["actions"]
+    made, about = converted(tmp_path, columns | {"actions": wide}, "--clip-actions")
+    np.testing.assert_allclose(made.actions[:19], np.clip(wide, -1, 1)[:19], atol=1e-6)
+    assert json.loads(about["converted_with"]) == {"clip_actions": True}
+    made, _ = converted(tmp_path, columns | {"actions": 2 * wide}, "--clip-actions", "--action-low", -2, "--action-high", 2)
+    np.testing.assert_allclose(made.actions[:19], np.clip(3 * unit, -1, 1)[:19], atol=1e-6)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -262,6 +275,10 @@ REFUSED = {
     "flag of 2": (poke("terminals", 8, 2), "", "terminals holds 2.0 in row 8; flags must be 0 or 1"),
     "NaN flag": (poke("timeouts", 8, np.nan), "", "timeouts holds nan in row 8; flags must be 0 or 1"),
     "images": (put("observations", np.zeros((N, 2, 2))), "", "observations have shape (30, 2, 2)"),
+    "flags of two columns": (put("terminals", lambda x: np.stack([x, x], 1)), "", "terminals has the shape (30, 2), not one number per"),
+    "costs of two columns": (put("infos/cost", np.zeros((N, 2))), "--cost infos/cost rewards", "infos/cost has the shape (30, 2)"),
+    "costs in words": (put("infos/cost", np.array(["no"] * N)), "--cost infos/cost rewards", "infos/cost holds <U2, not numbers"),
+    "images beside numbers": (put("observations", np.zeros((N, 2, 2))), "--obs observations rewards", "(30, 2, 2), not a row of numbers"),
     "every row a time-out": (put("timeouts", np.ones(N)), "", "no row has a successor in its episode; export next observations"),
     "other task": (lambda c: None, "--env SafetyPointRun", "wrong task: observations have 3 columns, SafetyPointRun has 12"),
 }  # fmt: skip
@@ -301,6 +318,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     refused("d.csv", head, "zero transitions")
     refused("e.csv", head + b"1,0,0,0,0\n2,0,zero,0,1\n", "could not convert string 'zero'")
     refused("f.csv", head + b"1,0,0,0,0\n2,0,0\n", "each row as long as the first")
+    refused("h.csv", head + b"1,0,0,0,0\nno, no,2,0,0,0,1\n", "line 3 has 7 cells, the first 5; each cell must be")
+    refused("i.csv", b"note," + head + b"a,1,0,0,0,0\nb,2,0,0,0,0,1\n", "line 3 has 7 cells, the first 6")  # else read one column on
     refused("g.csv", b"obs_0,obs_2,action_0,reward,cost,terminal\n", "obs_1 is missing; number the columns from obs_0 on")
     message = run(convert, tmp_path / "nothing.hdf5", tmp_path / "out.hdf5")
     assert "no file at" in message
@@ -367,7 +386,11 @@ def minari(tmp_path, monkeypatch):
 
 def test_minari_there_and_back(tmp_path, minari, capsys):
     dataset = dsrl.Dataset._make(None if x is None else x[:1200] for x in dsrl.load(ROOT / "data" / "SafetyPointRun.hdf5")[0])
-    dataset = dataset._replace(privileged=None, next_privileged=None)  # two whole episodes and one that is not
+    dsrl.save(tmp_path / "in.hdf5", dataset, {"env": "SafetyPointRun"})  # two whole episodes and one that is not
+    assert run(convert, tmp_path / "in.hdf5", "--to", "minari/own/x-v0") is None
+    assert "left out: privileged, next_privileged, for which Minari has no place" in capsys.readouterr().out
+    minari.delete_dataset("own/x-v0")
+    dataset = dataset._replace(privileged=None, next_privileged=None)
     dsrl.save(tmp_path / "in.hdf5", dataset, {"env": "SafetyPointRun"})
     assert run(convert, tmp_path / "in.hdf5", "--to", "minari/own/point-v0") is None
     made = minari.load_dataset("own/point-v0")
