@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+import envs
+
 # Rounding left over from rescaling is tolerated. More is refused rather than clipped here: it is another action space,
 # or an unsquashed policy's raw actions, as in some published BulletSafetyGym files (liuzuxin/DSRL issue 5).
 ACTION_TOLERANCE = 1e-3
@@ -266,7 +268,7 @@ def load(
         attributes = {str(key): plain(value) for key, value in file.attrs.items()}
     _check_layout(path, layout)
     # gymnasium's ids may carry the module that registers them, as in `own_env:OwnPoint-v0`.
-    if env is not None and str(attributes.get("env", env)).rpartition(":")[2] != env.rpartition(":")[2]:
+    if env is not None and envs.recorded(str(attributes.get("env", env))).rpartition(":")[2] != env.rpartition(":")[2]:
         raise _error(path, f"wrong task: collected on {attributes['env']}, wanted {env}", f"use a dataset of {env}")
     _check_sizes(path, layout, env, obs_size, action_size)
     declared = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in layout.values())

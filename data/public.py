@@ -30,6 +30,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+import envs
 from data import dsrl
 from data.dsrl import Dataset, DatasetError
 
@@ -137,8 +138,10 @@ def find(name: str) -> Published:
 
 
 def published(env: str) -> Published | None:
-    """The published file of an environment of this suite, if there is one."""
-    return next((entry for entry in TABLE if entry.env and _unversioned(entry.env) == _unversioned(env)), None)
+    """The published file of an environment of this suite, if there is one; of the same version, as others have other thresholds."""
+    name = envs.recorded(env)
+    name = envs.TASKS[name].reference_id if name in envs.TASKS else name
+    return next((entry for entry in TABLE if entry.env == name), None)
 
 
 def folder() -> Path:

@@ -207,6 +207,9 @@ def test_tasks_are_never_mixed(cache, tmp_path, hub):
     write(tmp_path / "renamed.hdf5", obs=33, action=8)
     mine = lambda: public.load(tmp_path / "renamed.hdf5", env="SafetyAntRun", obs_size=40)
     refused("33 columns, SafetyAntRun has 40", run=mine)
+    # A version of other thresholds is another task.
+    other = lambda: public.load("dsrl/SafetyHopperVelocity", env="SafetyHopperVelocity-v0")
+    assert "use --env SafetyHopperVelocity-v1" in refused("not on SafetyHopperVelocity-v0", run=other)
     # A native task's name, with and without version, is the published one's.
     write(cache / "SafetyHalfCheetahVelocityGymnasium-v1-250-2495.hdf5", obs=17, action=6)
     for env in ("SafetyHalfCheetahVelocity", "SafetyHalfCheetahVelocity-v1"):
