@@ -32,6 +32,7 @@ class Recorder(gymnasium.Wrapper):
     (obs, reward, cost, terminated, truncated, info). `reset` and `step` return what the environment does.
 
     - Observations are kept as float32, flat where their space has more axes. The next observation is what the step returned.
+    - The odometer that `envs.gym_make(..., memory=True)` adds is left out of the file: whoever trains on it computes it anew.
     - Actions beyond the space's bounds are clipped before the environment sees them. In the file, these bounds are -1 and 1.
     - `terminated` becomes a terminal, and `truncated` a time-out, unless the step also terminated.
     - Only whole episodes are written: one that nobody finished has a low cost and would pass for safe. So the environment needs a time
@@ -72,6 +73,7 @@ class Recorder(gymnasium.Wrapper):
         dsrl.check_output(path)
         self.path = Path(path)
         self._low, self._high, self._size = low, high, int(np.prod(self.observation_space.shape))
+        self._kept = self._size - getattr(env.unwrapped, "memory_size", 0)  # columns of an observation that the file gets
         self._episodes: list[dict[str, np.ndarray]] = []  # whole ones
         self._steps: list[tuple] = []  # of the running one
         self._obs: np.ndarray | None = None  # to act on; None: no episode is running
@@ -106,7 +108,7 @@ class Recorder(gymnasium.Wrapper):
         step = f"step {len(self._steps) + 1}"
         following = self._checked(f"{step}'s observation", obs, self._size)
         numbers = self._checked(f"{step}'s reward", reward)[0], self._checked(f"{step}'s cost", cost, low=0)[0]
-        self._steps.append((before, following, unit.astype(np.float32), *numbers, bool(terminated)))
+        self._steps.append((before[: self._kept], following[: self._kept], unit.astype(np.float32), *numbers, bool(terminated)))
         if terminated or truncated:
             rows = [np.array(column) for column in zip(*self._steps)]
             episode = dict(zip(("observations", "next_observations", "actions", "rewards", "costs", "terminals"), rows))

@@ -51,6 +51,7 @@ class GymEnv(gymnasium.Env):
 
     def __init__(self, name: str, backend: str | None = None, memory: bool = False, horizon: int | None = None):
         self._env, self._reset, self._step = _made(name, backend, memory, horizon)
+        self.memory_size = self._env.memory_size  # last columns of an observation that `memory` has added
         self.observation_space, self.action_space = _spaces(self._env)
         self.spec = _spec(self._env, name, backend=backend, memory=memory, horizon=horizon)
         self._state = None

@@ -178,6 +178,20 @@ def test_a_task_of_this_suite_fits_itself(tmp_path):
     assert "first observations differ" in inspect.mismatch(backwards, envs.make("SafetyHopperVelocity"))
 
 
+def test_the_odometer_is_not_recorded(tmp_path):
+    """Policies of this suite see it behind the observation; whoever trains on the file computes it anew."""
+    with envs.Recorder(envs.gym_make("SafetyPointRun", memory=True, backend="mujoco"), tmp_path / "o.hdf5") as env:
+        obs, _ = env.reset(seed=0)
+        seen, done = [obs], False
+        while not done:
+            obs, _, terminated, truncated, _ = env.step(np.ones(2))
+            done, seen = terminated or truncated, [*seen, obs]
+    assert seen[0].shape == (13,)
+    dataset, _ = dsrl.load(tmp_path / "o.hdf5", env="SafetyPointRun", obs_size=12, action_size=2)
+    np.testing.assert_array_equal(dataset.observations, np.array(seen)[:-1, :12])
+    np.testing.assert_array_equal(dataset.next_observations, np.array(seen)[1:, :12])
+
+
 @pytest.mark.slow
 def test_safety_gymnasiums_six_values(tmp_path):
     from envs.reference import compat
