@@ -92,10 +92,7 @@ def rollout(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Rollout:
 
 def speed(task: Task, r: Readings) -> jax.Array:
     """(...,) m/s, what a Velocity task compares with its threshold; 0 for other tasks."""
-    if not isinstance(task, Velocity):
-        return jnp.zeros(r.qpos.shape[:-1])
-    velocity = task.velocity(r)
-    return velocity[..., 0] if velocity.shape[-1] == 1 else jnp.linalg.norm(velocity, axis=-1)
+    return task.speed(r) if isinstance(task, Velocity) else jnp.zeros(r.qpos.shape[:-1])
 
 
 class Scenery(NamedTuple):
@@ -118,7 +115,7 @@ def scenery(task: Task) -> Scenery:
 
 
 def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike, episodes: int = 5) -> Path:
-    """Draws `episodes` episodes from above, or for Velocity tasks their velocity over time, with the cost's boundary.
+    """Draws `episodes` episodes from above, or for Velocity tasks their velocity over time, with the cost's boundary where it is known.
 
     Returns: the path written; the format follows its suffix, one of TRAJECTORIES.
 
@@ -131,17 +128,16 @@ def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike
     found, view = rollout(env, policy, key, episodes), scenery(env.task)
     returns, costs = (np.where(found.valid, x, 0).sum(0) for x in (found.reward, found.cost))
     limited = isinstance(env.task, Velocity)
-    figure = Figure(figsize=(5, 5.5) if view.radius else (9, 3.5), layout="constrained")
+    corridor = view.x is not None and not view.radius
+    figure = Figure(figsize=(9, 3.5) if limited or corridor else (5, 5.5), layout="constrained")
     axes = figure.subplots()
     for i in range(episodes):
         valid = found.valid[:, i]
         x, y = found.qpos[valid, i, :2].T
         if limited:
             horizontal, vertical = np.arange(1, valid.sum() + 1), found.speed[valid, i]
-        elif view.radius:
-            horizontal, vertical = x, y
         else:
-            horizontal, vertical = -y, x
+            horizontal, vertical = (-y, x) if corridor else (x, y)
         costly = found.cost[valid, i] > 0
         label = lambda text: text if i == 0 else None  # once in the legend
         axes.plot(horizontal, vertical, color="#4477aa", lw=0.9, alpha=0.7, label=label("policy"))
@@ -153,21 +149,17 @@ def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike
         assert isinstance(env.task, Velocity)
         axes.axhline(env.task.threshold, **boundary, label="threshold")
         axes.set(xlabel="step", ylabel="velocity (m/s)")
-    elif view.radius:
-        angle = np.linspace(0, 2 * np.pi, 200)
-        axes.plot(view.radius * np.cos(angle), view.radius * np.sin(angle), color=RING[:3], lw=1, label="circle")
-        axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
-        assert view.x is not None
-        axes.axvline(view.x, **boundary, label="boundary")
-        axes.axvline(-view.x, **boundary)
-        if view.y is not None:
-            axes.axhline(view.y, **boundary)
-            axes.axhline(-view.y, **boundary)
     else:
-        assert view.x is not None
-        axes.axhline(view.x, **boundary, label="boundary")
-        axes.axhline(-view.x, **boundary)
-        axes.set(xlabel="-y (m): the way to go", ylabel="x (m)")
+        if corridor:
+            axes.set(xlabel="-y (m): the way to go", ylabel="x (m)")
+        else:
+            axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
+        if view.radius:
+            angle = np.linspace(0, 2 * np.pi, 200)
+            axes.plot(view.radius * np.cos(angle), view.radius * np.sin(angle), color=RING[:3], lw=1, label="circle")
+        for draw, bound in ((axes.axhline if corridor else axes.axvline, view.x), (axes.axhline, view.y)):
+            for wall in () if bound is None else (bound, -bound):
+                draw(wall, **boundary, label="boundary" if wall == view.x else None)
     axes.set_title(f"{env.name}: {episodes} episodes, return {returns.mean():.1f}, cost {costs.mean():.1f}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,12 +225,12 @@ class Canvas:
         self.context.free()
 
     def camera(self) -> mujoco.MjvCamera:
-        """Circle from afar, Run from behind, Velocity as the model's own `track` camera sees it."""
+        """Circle from afar, Run from behind, Velocity as the model's own `track` camera sees it; other tasks from behind, too."""
         camera, (x, y) = mujoco.MjvCamera(), self.data.qpos[:2]
         if self.view.radius:
             beyond = lambda z: z - np.clip(z, -1.5, 1.5)  # stands still until the robot gets far away
             camera.lookat, camera.distance, camera.azimuth, camera.elevation = (beyond(x), beyond(y), 0), 6.0, 90, -60
-        elif self.view.x:
+        elif self.view.x or "track" not in {self.model.camera(i).name for i in range(self.model.ncam)}:
             camera.lookat, camera.distance, camera.azimuth, camera.elevation = (x, y - 0.7, 0.1), 3.0, -90, -35
         else:
             camera.type = mujoco.mjtCamera.mjCAMERA_FIXED

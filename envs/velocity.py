@@ -74,15 +74,18 @@ class Velocity(Task):
         """(..., k) m/s: along x, and along y if the speed of the cost counts that too."""
         return r.dqpos[..., :1] / self.dt
 
+    def speed(self, r: Readings) -> jax.Array:
+        """(...,) m/s, what the cost compares with the threshold."""
+        velocity = self.velocity(r)
+        return velocity[..., 0] if velocity.shape[-1] == 1 else jnp.linalg.norm(velocity, axis=-1)
+
     def healthy(self, r: Readings) -> jax.Array:
         """(...,) bool: the episode goes on."""
         return jnp.ones(r.qpos.shape[:-1], bool)
 
     def evaluate(self, r, action):
-        velocity = self.velocity(r)
-        reward = velocity[..., 0] + self.alive - self.control * jnp.sum(jnp.square(action), -1)
-        speed = velocity[..., 0] if velocity.shape[-1] == 1 else jnp.linalg.norm(velocity, axis=-1)
-        return reward, (speed > self.threshold).astype(jnp.float32), ~self.healthy(r)
+        reward = self.velocity(r)[..., 0] + self.alive - self.control * jnp.sum(jnp.square(action), -1)
+        return reward, (self.speed(r) > self.threshold).astype(jnp.float32), ~self.healthy(r)
 
 
 class HalfCheetah(Velocity):

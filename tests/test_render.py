@@ -92,6 +92,26 @@ def test_trajectory(tmp_path):
     assert has_red(imageio.v3.imread(path)).sum() > 200
 
 
+class Plain(envs.Task):
+    """A task as a reader of README adds one: without corridor, circle or threshold."""
+
+    name, reference_id, horizon, substeps, cost = "Plain", "Plain-v0", 30, 10, "never"
+    robot = envs.TASKS["SafetyPointRun"]
+    model, initial, observe = robot.model, robot.initial, robot.observe
+
+    def evaluate(self, r, action):
+        return r.qpos[..., 0], 0 * r.qpos[..., 0], jnp.zeros(r.qpos.shape[:-1], bool)
+
+
+def test_a_task_of_the_users_own_is_drawn(tmp_path):
+    env = envs.Env(Plain(), short().physics, "mujoco")
+    picture = imageio.v3.imread(render.trajectory(env, forward, KEY, tmp_path / "a.png", episodes=2))
+    assert picture[..., :3].std() > 10
+    needs_opengl()
+    path = render.video(env, forward, KEY, tmp_path / "a.gif", size=(160, 120), frames=5)
+    assert imageio.v3.imread(path).shape == (5, 120, 160, 3)
+
+
 def test_trajectory_and_training_need_no_opengl(tmp_path):
     code = f"""
 import sys, jax, jax.numpy as jnp
