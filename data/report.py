@@ -61,7 +61,10 @@ def main(args: Args) -> None:
     text = INTRODUCTION.format(limit=args.cost_limit)
     behaviours = ""
     for path in sorted(HERE.rglob("*.hdf5")):
-        dataset, about = dsrl.load(path)
+        try:
+            dataset, about = dsrl.load(path)
+        except dsrl.DatasetError:
+            about = {}
         if "policies" not in about:  # a file of the user's: the page is about those that come with the repository
             print(f"warning: {path}: left out, as data.collect did not make it: `python -m data.inspect` describes it", file=sys.stderr)
             continue

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -82,9 +83,12 @@ def test_the_page_leaves_out_files_of_the_users_own(tmp_path, monkeypatch, capsy
     rows = [x if x is None else x[:1000] for x in dsrl.load(dsrl.default_path(NAME))[0]]
     for name, about in (("Own", {}), (NAME, {"policies": json.dumps([{"cost_limit": "10.0", "env_steps": 5000}])})):
         dsrl.save(tmp_path / f"{name}.hdf5", dsrl.Dataset(*rows), about)
+    with h5py.File(tmp_path / "Other.hdf5", "w") as file:
+        file["observations"] = np.zeros((3, 2))
     report.main(report.Args())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / 'Own.hdf5'}: left out" in line and left(tmp_path) == ["Own.hdf5", "README.md", f"{NAME}.hdf5", f"{NAME}.png"]
+    other, line = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'Own.hdf5'}: left out" in line and f"{tmp_path / 'Other.hdf5'}: left out" in other
+    assert left(tmp_path) == ["Other.hdf5", "Own.hdf5", "README.md", f"{NAME}.hdf5", f"{NAME}.png"]
     page = (tmp_path / "README.md").read_text()
     assert f"| {NAME} |" in page and "limit 10.0 at 5k steps" in page and "Own" not in page and "old" not in page
     assert page.startswith("before\n") and page.endswith("after\n")
