@@ -111,6 +111,8 @@ def make(name: str, backend: str | None = None, privileged: bool = False, memory
         from envs.reference.env import make as make_reference
 
         return make_reference(name, backend, horizon)
+    if reference.wanted(name, None, native):
+        raise UnknownName(f"{name} has no backend {backend!r}: leave the backend out")
     task = TASKS[resolve(name)]
     if horizon is not None:
         raise UnknownName(f"{task.name} ends after {task.horizon} steps: --horizon is for environments named module:id (envs/README.md)")

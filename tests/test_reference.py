@@ -365,7 +365,8 @@ def test_an_id_without_a_native_task_goes_to_the_package():
     [
         ("SafetyPointGoal9-v0", None, "unknown environment 'SafetyPointGoal9-v0' of safety-gymnasium.*SafetyPointGoal1-v0"),
         ("Nothing", "safety-gymnasium", "unknown environment 'Nothing' of safety-gymnasium"),
-        ("SafetyPointGoal1Vision-v0", None, "not a vector of numbers"),
+        ("SafetyPointGoal1Vision-v0", None, r"not a vector of numbers\)$"),
+        ("SafetyPointGoal1-v0", "mjx", "has no backend 'mjx': leave the backend out"),
         ("SafetyPointRace1-v0", None, "cannot be made .*village_floor"),
         ("bullet/SafetyBallRun", "mujoco", "leave the backend out"),
     ],

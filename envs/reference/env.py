@@ -149,7 +149,8 @@ def make(name: str, backend: str | None, horizon: int | None = None) -> Referenc
     try:
         pool = Pool(backend, wanted, python)
     except WorkerError as error:
-        raise envs.UnknownName(f"{name} cannot be made ({error.what}); perhaps `{mend}` mends it") from error
+        lacking = "died" in error.what or "No module" in error.what
+        raise envs.UnknownName(f"{name} cannot be made ({error.what})" + f"; perhaps `{mend}` mends it" * lacking) from error
     _check_known(name, wanted, backend, pool)
     return ReferenceEnv(task, backend, pool)
 
