@@ -113,7 +113,8 @@ class Args:
     env: str = "SafetyPointRun"
     """task: a name of RECIPES"""
     transitions: int | None = None
-    """size of the dataset; a little fewer where episodes end early (default: 100,000, of three tasks 60,000)"""
+    """size of the dataset; up to a third fewer where episodes end early, and at least an episode per policy (default: 100,000, of three
+    tasks 60,000)"""
     seed: int = 0
     """key of the rollouts"""
     out: Path | None = None
