@@ -46,7 +46,6 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,20 +170,17 @@ def cpq_critic_loss(critics, params: dict, targets, batch: Batch, ood, key, netw
     next_q, next_qc = networks.q(targets, batch.next_obs, action), networks.qcs(targets, batch.next_obs, action)
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
-    target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * (networks.pessimistic(next_qc) <= q_thres) * next_q)
+    target = args.reward_scale * batch.reward + alive * (networks.pessimistic(next_qc) <= q_thres) * next_q
     bounded = jnp.clip(next_qc, 0.0, max_qc) if args.clip_cost_target else next_qc
-    cost_target = jax.lax.stop_gradient(cost + alive * bounded)
-    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qcs(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
-    reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
-    info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
+    cost_target = cost + alive * bounded
+    loss, info = networks.bellman_errors(critics, batch.obs, batch.action, target, cost_target)
     if not penalised(qc_thres, args):
-        return reward_loss + cost_loss, info | {"qc_ood": jnp.float32(jnp.nan)}
+        return loss, info | {"qc_ood": jnp.float32(jnp.nan)}
     ood_obs, ood_action, weight = ood
     qc_ood = networks.qcs(critics, ood_obs, ood_action).mean(0)
     qc_ood = qc_thres + jnp.sum(weight * (qc_ood - qc_thres)) / jnp.maximum(weight.sum(), 1.0)
     below = jnp.minimum(qc_ood - qc_thres, 0.0) if args.one_sided_penalty else qc_ood - qc_thres
-    return reward_loss + cost_loss - jnp.exp(params["log_dual"]) * below, info | {"qc_ood": qc_ood}
+    return loss - jnp.exp(params["log_dual"]) * below, info | {"qc_ood": qc_ood}
 
 
 def dual_loss(log_dual, qc_ood, qc_thres):

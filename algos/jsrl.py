@@ -29,7 +29,6 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -102,13 +101,9 @@ def critic_loss(critics, actor, targets, entropy_weights, batch: Batch, key, net
     next_qc = networks.qcs(targets, batch.next_obs, action) - entropy_weights[1] * log_prob
     alive = args.gamma * (1.0 - batch.terminated)
     cost = batch.cost + args.termination_cost * batch.terminated
-    target = jax.lax.stop_gradient(args.reward_scale * batch.reward + alive * next_q)
-    cost_target = jax.lax.stop_gradient(cost + alive * next_qc)
-    q, qc = networks.reward.apply(critics["reward"], batch.obs, batch.action), networks.qcs(critics, batch.obs, batch.action)
-    chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
-    reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
-    info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
-    return reward_loss + cost_loss, info
+    target = args.reward_scale * batch.reward + alive * next_q
+    cost_target = cost + alive * next_qc
+    return networks.bellman_errors(critics, batch.obs, batch.action, target, cost_target)
 
 
 def actor_loss(actor, critics, prior, multiplier, anchor, batch: Batch, key, networks: Networks, args):

@@ -6,6 +6,7 @@ behind the first `obs_size` entries), policies and VAE never look at it.
 
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,18 @@ class Networks(NamedTuple):
     def qc(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
         """Qc (...,), pessimistic."""
         return self.pessimistic(self.qcs(critics, obs, action))
+
+    def bellman_errors(self, critics: dict, obs: jax.Array, action: jax.Array, target: jax.Array, cost_target: jax.Array):
+        """Mean squared errors of all critics: (sum of both kinds, its parts and the mean values for progress.csv).
+
+        `target` (batch,), `cost_target` (1 or cost critics, batch); neither has a gradient.
+        """
+        target, cost_target = jax.lax.stop_gradient((target, cost_target))
+        q, qc = self.reward.apply(critics["reward"], obs, action), self.qcs(critics, obs, action)
+        chex.assert_equal_shape([q[0], qc[0], target, cost_target[0]])  # no silent broadcasting in the differences
+        reward_loss, cost_loss = jnp.mean(jnp.square(q - target)), jnp.mean(jnp.square(qc - cost_target))
+        info = {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss, "q": q.mean(), "qc": qc.mean()}
+        return reward_loss + cost_loss, info
 
 
 def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
