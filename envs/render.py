@@ -157,9 +157,10 @@ def trajectory(env: Env, policy: Policy, key: jax.Array, path: str | os.PathLike
         if view.radius:
             angle = np.linspace(0, 2 * np.pi, 200)
             axes.plot(view.radius * np.cos(angle), view.radius * np.sin(angle), color=RING[:3], lw=1, label="circle")
-        for draw, bound in ((axes.axhline if corridor else axes.axvline, view.x), (axes.axhline, view.y)):
-            for wall in () if bound is None else (bound, -bound):
-                draw(wall, **boundary, label="boundary" if wall == view.x else None)
+        sides = ((axes.axhline if corridor else axes.axvline, view.x), (axes.axhline, view.y))
+        walls = [(draw, sign * bound) for draw, bound in sides if bound is not None for sign in (1, -1)]
+        for i, (draw, wall) in enumerate(walls):
+            draw(wall, **boundary, label=None if i else "boundary")
     axes.set_title(f"{env.name}: {episodes} episodes, return {returns.mean():.1f}, cost {costs.mean():.1f}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
