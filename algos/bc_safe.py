@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algos import logbook, training
+from algos import cpq, logbook, training
 from algos.networks import Actor, log_probability
 from algos.training import CHUNK, ActorArgs, EvalArgs, Learner, OfflineArgs, Run, RunArgs, apply_gradient
 from data import dsrl
@@ -47,10 +47,11 @@ class Args(EvalArgs, CloningArgs, ActorArgs, RunArgs):
     """this algorithm"""
 
     cloning_quantile: float = 0.75
-    """with --data best: clone the safe trajectories whose return is at or above this quantile of theirs (cpq.py on CarRun: 0.25)"""
+    """with --data best: clone the safe trajectories whose return is at or above this quantile of theirs"""
 
 
-RECIPE_VERSION = 1  # raise it when the same arguments give other numbers (tests/test_recipes.py)
+PRESETS = {"suite": logbook.shared(Args, cpq.SUITE)}  # what phase 1 of `--offline bc_safe` has
+RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + ["data", "frontier", "cloning_quantile"]
 
 # ---------------------------------------------------------------- loss
@@ -118,4 +119,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logbook.command(main, Args)
+    logbook.command(main, Args, PRESETS)

@@ -19,8 +19,9 @@ Deviations, P from the paper, R from the reference code (OSRL):
  2 (P) The MMD is between actions in [-1, 1]^a (after tanh), whose scale does not depend on the task.
  3 (R) The cost target is the mean over the sampled actions: the maximum, meant for optimism about reward, has no meaning for cost.
  4 (R) Time-outs bootstrap; only terminal states stop.
- 5 (P, R) symlog observations, LayerNorm critics, hidden layers of 128, tau 0.02, batches of 256, as in the other files.
- 6 (P, R) Critics see what the cost depends on but the observation lacks, where the dataset carries it (Run: x).
+ 5 (P, R) As in cpq.py, with the same switches: symlog, LayerNorm, smaller networks, faster targets, fewer and smaller steps, the falling
+   step size (7, 8), x for critics (9), the termination cost (10), the odometer (12), the task's reward scale (13), and the bound of
+   Qc' (--no-clip-cost-target).
 """
 
 import sys
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algos import logbook, training
+from algos import cpq, logbook, training
 from algos.networks import Networks, sample_action, vae_loss
 from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, OfflineCriticArgs, Run, RunArgs, apply_gradient, update_targets
 from envs.rollout import Batch
@@ -66,7 +67,8 @@ class Args(EvalArgs, BearArgs, NetworkArgs, RunArgs):
     """this algorithm"""
 
 
-RECIPE_VERSION = 1  # raise it when the same arguments give other numbers (tests/test_recipes.py)
+PRESETS = {"suite": logbook.shared(Args, cpq.SUITE)}  # what phase 1 of `--offline bear_lag` has
+RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + training.CRITIC_RECIPE
 RECIPE += "mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals offline_max_multiplier".split()
 
@@ -183,4 +185,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logbook.command(main, Args)
+    logbook.command(main, Args, PRESETS)

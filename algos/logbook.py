@@ -65,7 +65,7 @@ RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
     "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile "
-    "gate_quantile cost_pessimism rectification init_multiplier".split()
+    "gate_quantile cost_pessimism rectification init_multiplier noise tolerance".split()
 )
 INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
 AT_MOST_ONE = set("tau ood_fraction ood_quantile gate_quantile cloning_quantile minimum_weight frontier anchor_floor handover".split())
@@ -129,7 +129,7 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
     try:
         with contextlib.redirect_stderr(said):
             args = read(args_class())
-            preset = (presets or {}).get(getattr(args, "preset", ""), {})
+            preset = (presets or {}).get(getattr(args, "preset", "suite"), {})
             values = dict(preset.get("*", {}))
             values |= preset.get(recorded(args.env), {}) if preset else {}
             if getattr(args, "eval", None):
@@ -142,6 +142,12 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
         line = " ".join(line for line in lines[1:] if line)
         raise BadInput(line.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
+
+
+def shared(args_class, settings: dict[str, dict]) -> dict[str, dict]:
+    """Of the `settings` of each task those that `args_class` has arguments for."""
+    known = {field.name for field in dataclasses.fields(args_class)}
+    return {task: {name: value for name, value in of_task.items() if name in known} for task, of_task in settings.items()}
 
 
 def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
@@ -395,10 +401,6 @@ class Logbook:
                 "for rows of one commit begin anew without --resume",
                 file=sys.stderr,
             )
-
-    def resuming(self, phase: str) -> bool:
-        """Whether this run goes on in the middle of `phase`."""
-        return bool(self.resumed_seeds(phase))
 
     def resumed_seeds(self, phase: str) -> list[int]:
         """The seeds that were being trained, if this run goes on in the middle of `phase`; else none."""

@@ -168,7 +168,7 @@ def test_resume_goes_on_after_the_last_block(tmp_path):
         counting(log, fail_at=3)
     log._file.close()
     again = book(tmp_path, resume=True)
-    assert again.folder == log.folder and again.resuming("online") and not again.resuming("vpa")
+    assert again.folder == log.folder and again.resumed_seeds("online") and not again.resumed_seeds("vpa")
     assert counting(again).tolist() == [4.0, 4.0]
     assert [row["cost"] for row in table(again)] == ["1", "1", "2", "2", "3", "3", "4", "4"]
 
@@ -192,7 +192,7 @@ def test_resume_never_takes_another_configuration(change, tmp_path):
         counting(log, fail_at=3)
     log._file.close()
     other = book(tmp_path, resume=True, **change)
-    assert other.folder != log.folder and not other.resuming("online")
+    assert other.folder != log.folder and not other.resumed_seeds("online")
 
 
 def interrupted(runs, commit, monkeypatch, fail_at=3, **changes):
@@ -558,6 +558,15 @@ def test_baselines_start_from_the_same_offline_settings(module, task, preset):
     offline = lambda args: {field: getattr(args, field) for field in cpq.RECIPE}
     parsed = lambda m: offline(logbook.parse(m.Args, ["--env", task, "--preset", preset], m.PRESETS))
     assert parsed(module) == parsed(marvel)
+
+
+@pytest.mark.parametrize("module", [bc_safe, bear_lag], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("task", [*finetuning.SUITE, "SafetyPointRun"])
+def test_an_offline_file_has_the_settings_of_the_phase_that_it_names(module, task):
+    offline = lambda args: {field: getattr(args, field) for field in [*module.RECIPE, "final_eval_rounds"]}
+    alone = logbook.parse(module.Args, ["--env", task], module.PRESETS)
+    phase = logbook.parse(marvel.Args, ["--env", task, "--offline", module.__name__.rpartition(".")[2]], marvel.PRESETS)
+    assert offline(alone) == offline(phase)
 
 
 def test_the_release_preset_is_what_the_docstrings_say():
