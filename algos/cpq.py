@@ -107,7 +107,7 @@ RELEASE = dict(  # OSRL's, from which Marvel's release starts
 )  # fmt: skip
 SLOW = {"SafetyAntRun": dict(final_eval_rounds=SUITE["SafetyAntRun"]["final_eval_rounds"])}  # tasks whose 500 episodes take too long
 PRESETS = {"suite": SUITE, "release": SLOW | {"*": RELEASE}}
-RECIPE_VERSION = 1  # raise it when the same arguments give other numbers (tests/test_recipes.py)
+RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + training.CRITIC_RECIPE
 RECIPE += "dual_lr init_dual ood_actions ood_fraction ood_states ood_quantile ood_gradient one_sided_penalty".split()
 RECIPE += "cloning_weight cloning_quantile gate_quantile".split()
@@ -224,7 +224,8 @@ def cpq_step(learner: Learner, batches: tuple[Batch, Batch], key, networks: Netw
         learner.params["actor"], learner.params["critics"], batch, safe, key_actor, networks, args, limits[0]
     )
     learner = apply_gradient(learner, optimizers, "actor", gradient)
-    return update_targets(learner, args.tau), {**info, **actor_info, "ood_weight": jnp.exp(learner.params["log_dual"])}
+    weight = jnp.exp(learner.params["log_dual"]) if penalty else jnp.float32(jnp.nan)
+    return update_targets(learner, args.tau), {**info, **actor_info, "ood_weight": weight}
 
 
 # ---------------------------------------------------------------- phase

@@ -478,7 +478,7 @@ def pretrain(
 
     Checkpoints that are there stay as they are, so that all runs start from the same ones; only the seeds that lack one are trained.
     It lies under RUNS/ENV/offline/ALGO/ and is named by its recipe: the arguments in `recipe`, the dataset's hash, and `version`,
-    which is raised whenever the same arguments give other numbers.
+    which is raised whenever the same arguments give another policy or other critics.
 
     Args:
       init: key -> Learner.

@@ -187,7 +187,7 @@ def test_cost_target(osrl, draw):
 
 
 def test_terminal_states_end_the_cost(osrl, draw):
-    """OSRL's cost target bootstraps through terminal states (deviation 6): for a batch of nothing else it is what it was, 3 to 5
+    """OSRL's cost target bootstraps through terminal states (a repair without a switch): for a batch of nothing else it is what it was, 3 to 5
     for costs of 0 or 1. Here it is the cost. In the mixed batch the rows that go on agree."""
     np.testing.assert_array_equal(osrl["cost_terminal_backup"], osrl["cost_backup"])
     close(osrl["cost_terminal_gradient"], osrl["cost_gradient"], rtol=0)
@@ -230,7 +230,7 @@ def test_farthest_quarter(osrl, monkeypatch):
 
 def test_the_penalty_has_a_gradient(osrl, draw, monkeypatch):
     """OSRL's penalty changes its loss by 5 and its gradient by nothing: the values come from the target critic, without gradient.
-    Here (deviation 2) descending raises the online critic's values of the same actions, by alpha = 1 times their gradient."""
+    Here (deviation 1) descending raises the online critic's values of the same actions, by alpha = 1 times their gradient."""
     assert float(osrl["cost_penalty_loss"]) > float(osrl["cost_loss"]) + 4
     close(osrl["cost_penalty_gradient"], osrl["cost_gradient"], rtol=0)
     ours = cpq_setting(osrl)

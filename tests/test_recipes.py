@@ -22,11 +22,15 @@ from envs.rollout import Batch
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes.json"
 MODULES = {"cpq": cpq, "bear_lag": bear_lag, "bc_safe": bc_safe}
+SIZES = ("hidden", "vae_hidden", "offline_steps", "offline_batch_size", "ood_states")
+CASES = {name: (name, {}) for name in MODULES}  # name: (module, arguments)
+CASES["cpq as released"] = "cpq", {k: v for k, v in cpq.RELEASE.items() if k not in SIZES} | {"privileged_critic": True}
 STEPS = 20
 
 
-def learned(name: str) -> dict[str, float]:
-    """What STEPS gradient steps at small sizes report and leave behind, on transitions made here with NumPy."""
+def trained(name: str):
+    """(learner before, learner after, what was reported) of STEPS gradient steps at small sizes, on transitions made here with NumPy."""
+    name, more = CASES[name]
     module, rng = MODULES[name], np.random.default_rng(0)
     env = SimpleNamespace(name="probe", obs_size=3, privileged_size=1, action_size=2, horizon=50)
     n = 200
@@ -36,13 +40,11 @@ def learned(name: str) -> dict[str, float]:
     args = replace(module.Args(), hidden=(16, 16), offline_steps=STEPS, offline_batch_size=32)
     args = replace(args, vae_hidden=(16,), reward_scale=0.1, ood_states=16) if name == "cpq" else args
     args = replace(args, vae_hidden=(16,), reward_scale=0.1) if name == "bear_lag" else args
-    kept = {}
+    args, kept = replace(args, **more), []
 
     def pretrain(run, algo, version, recipe, init, step, data, actor):
         train = jax.jit(partial(training.train_on_dataset, step=step, batch_size=args.offline_batch_size, steps=STEPS))
-        learner, info = train(init(jax.random.key(1)), data, jax.random.key(2))
-        norm = lambda tree: jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))
-        kept.update({k: float(v) for k, v in info.items()} | {f"norm {k}": float(norm(v)) for k, v in learner.params.items()})
+        kept.extend([init(jax.random.key(1)), *train(init(jax.random.key(1)), data, jax.random.key(2))])
 
     run = training.Run(args, env, None, None, data=data, cloned=jax.tree.map(lambda x: x[:50], data))
     original, training.pretrain = training.pretrain, pretrain
@@ -53,14 +55,32 @@ def learned(name: str) -> dict[str, float]:
     return kept
 
 
-@pytest.mark.parametrize("name", MODULES)
+def learned(name: str) -> dict[str, float]:
+    """What those steps report, where they report anything, and the norms of what they leave behind."""
+    _, learner, info = trained(name)
+    norm = lambda tree: jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))
+    found = {k: float(v) for k, v in info.items()} | {f"norm {k}": float(norm(v)) for k, v in learner.params.items()}
+    return {k: v for k, v in found.items() if v == v}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_same_arguments_give_the_recorded_numbers(name):
     golden, found = json.loads(GOLDENS.read_text())[name], learned(name)
-    mend = f"raise RECIPE_VERSION in algos/{name}.py, then run python tests/test_recipes.py"
-    assert golden["version"] == MODULES[name].RECIPE_VERSION, mend
+    module = CASES[name][0]
+    mend = f"raise RECIPE_VERSION in algos/{module}.py, then run python tests/test_recipes.py"
+    assert golden["version"] == MODULES[module].RECIPE_VERSION, mend
     assert found.keys() == golden["numbers"].keys(), mend
     for key, value in golden["numbers"].items():
         assert found[key] == pytest.approx(value, rel=2e-3, abs=1e-4), f"{key} has changed: {mend}"
+
+
+def test_what_serves_the_penalty_alone_is_left_alone_without_it():
+    """OSRL's penalty has no gradient, so neither VAE nor alpha moves a policy or a critic: they are not trained then."""
+    before, after, info = trained("cpq as released")
+    for name in ("vae", "log_dual"):
+        jax.tree.map(np.testing.assert_array_equal, before.params[name], after.params[name])
+    assert all((x != y).any() for x, y in zip(*(jax.tree.leaves(learner.params["actor"]) for learner in (before, after))))
+    assert np.isnan(info["qc_ood"]) and np.isnan(info["ood_weight"])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -72,8 +92,9 @@ def test_a_recipe_names_every_offline_argument(name):
 
 
 if __name__ == "__main__":
-    numbers = {name: {"version": module.RECIPE_VERSION, "numbers": learned(name)} for name, module in MODULES.items()}
+    numbers = {name: {"version": MODULES[module].RECIPE_VERSION, "numbers": learned(name)} for name, (module, _) in CASES.items()}
     for name, old in (json.loads(GOLDENS.read_text()) if GOLDENS.exists() else {}).items():
         if old["version"] == numbers[name]["version"] and old["numbers"] != pytest.approx(numbers[name]["numbers"], rel=2e-3, abs=1e-4):
-            sys.exit(f"{name} computes other numbers than version {old['version']}: raise RECIPE_VERSION in algos/{name}.py first")
+            module = CASES[name][0]
+            sys.exit(f"{name} computes other numbers than version {old['version']}: raise RECIPE_VERSION in algos/{module}.py first")
     GOLDENS.write_text(json.dumps(numbers, indent=1) + "\n")
