@@ -33,6 +33,7 @@ IDS = {  # Safety-Gymnasium's id: the task's own name. All of envs.TASKS, withou
 }
 LIMIT = 20.0  # of the files without @LIMIT in their names
 CHOSEN_ON = range(10)  # seeds that settings are chosen on (results/tune.py)
+TRIES = "tried"  # the folder in runs/ where tune.py's runs lie
 NO_MATTER = ("--runs", "--checkpoint-seconds", "--track", "--resume")  # arguments that no result depends on
 UNSEEN = 100  # results are reported on seeds from here on
 
@@ -304,9 +305,12 @@ def variant(script: str, config: dict) -> str:
 
 
 def folders(runs: Path) -> list[tuple[Path, dict]]:
-    """(folder, config.json) of all finished runs, oldest first; folders without a readable config.json are passed over."""
+    """(folder, config.json) of all finished runs, oldest first; folders without a readable config.json are passed over, and so are
+    the tries of tune.py, which are no results."""
     found = []
     for path in runs.glob("**/config.json"):
+        if path.relative_to(runs).parts[0] == TRIES:
+            continue
         try:
             config = read_json(path)
         except BadInput:  # of a run that was killed in its first moment

@@ -57,6 +57,14 @@ def tried(path: Path) -> set[tuple[str, ...]]:
         return {tuple(row[c] for c in COLUMNS[:4]) for row in csv.DictReader(file)}
 
 
+def split(line: str, where: str) -> list[str]:
+    """The words of a command line; BadInput for a quote that does not end."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise BadInput(f"{where}: {line.strip()} ({error}): close it") from None
+
+
 def attempt(algo: str, env: str, arguments: list[str], seeds: range, runs: Path) -> dict:
     """Runs a try; its row."""
     words = ["--env", env, "--seed", str(seeds.start), "--seeds", str(len(seeds)), "--runs", str(runs), *arguments]
@@ -72,27 +80,34 @@ def attempt(algo: str, env: str, arguments: list[str], seeds: range, runs: Path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = csvs.Parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tries", type=Path)
     parser.add_argument("--common", default="", help="arguments of all tries, e.g. '--final-eval-rounds 10'")
     parser.add_argument("--seeds", type=int, default=len(CHOSEN_ON), help="the first so many of the seeds to choose on")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tried")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / csvs.TRIES)
     parser.add_argument("--out", type=Path, default=TRIED)
     options = parser.parse_args()
     if not 0 < options.seeds <= len(CHOSEN_ON):
         raise BadInput(f"--seeds {options.seeds}: settings are chosen on 1 to {len(CHOSEN_ON)} seeds, {CHOSEN_ON[0]} to {CHOSEN_ON[-1]}")
     seeds = CHOSEN_ON[: options.seeds]
+    try:
+        lines = options.tries.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{options.tries}: not readable ({error}): name a text file with a try a line") from None
     failed = False
-    for line in options.tries.read_text().splitlines():
-        words = shlex.split(line, comments=True)
-        if not words:
-            continue
-        algo, env, *arguments = words + shlex.split(options.common)
-        env = csvs.task(env)
-        key = (algo, env, shlex.join(arguments), f"{seeds[0]}-{seeds[-1]}")
-        if key in tried(options.out):
-            continue
+    for number, line in enumerate(lines, 1):
         try:
+            words = split(line, f"{options.tries}, line {number}")
+            if not words:
+                continue
+            if len(words) < 2:
+                raise BadInput(f"{options.tries}, line {number}: {line.strip()}: must be ALGO ENV [ARGUMENTS...]")
+            algo, env, *arguments = words + split(options.common, "--common")
+            env = csvs.task(env)
+            key = (algo, env, shlex.join(arguments), f"{seeds[0]}-{seeds[-1]}")
+            if key in tried(options.out):
+                continue
             row = dict(zip(COLUMNS, key)) | attempt(algo, env, arguments, seeds, options.runs)
         except BadInput as error:  # the others can still be tried
             print(f"error: {error}", file=sys.stderr)

@@ -351,6 +351,8 @@ def test_the_median_of_an_even_number_of_seeds():
 def test_aggregates_worked_out_by_hand():
     middle, low, high = measures.iqm([np.array([0.0, 1.0]), np.array([2.0, 100.0])])
     assert middle == 1.5 and low <= 1.5 <= high
+    # Tasks count the same, whatever their numbers of seeds: the middle half of 0, 0, 1, 1 and 2, 3, 4, 5.
+    assert measures.iqm([np.array([0.0, 1.0]), np.array([2.0, 3.0, 4.0, 5.0])])[0] == (1 + 1 + 2 + 3) / 4
     p, low, high = measures.improvement([(np.array([1.0, 3.0]), np.array([2.0, 3.0])), (np.array([5.0]), np.array([1.0]))])
     assert p == pytest.approx(((0 + 0 + 1 + 0.5) / 4 + 1) / 2) and low <= p <= high
     shares, low, high = measures.profile([np.array([0.0, 1.0]), np.array([2.0, -math.inf])], [-1.0, 0.5, 1.0, 2.0])
@@ -482,6 +484,9 @@ def test_fresh_runs_of_one_configuration_are_put_together(tmp_path):
     assert run.seeds == [0, 1, 2, 3]
     returns = measures.per_seed(run)["return"]
     assert (returns[:2] > 600).all() and (returns[2:] < 200).all()  # the newest of seed 2 counts
+    run_folder(make_run(seeds=5, config={"actor_lr": 9.0}), tmp_path / csvs.TRIES, "20280101-000001")  # a try is no result
+    assert [run.seeds for run in csvs.fresh(tmp_path).values()] == [[0, 1, 2, 3]]
+    assert [run.seeds for run in csvs.fresh(tmp_path / csvs.TRIES).values()] == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -1183,8 +1188,18 @@ def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert tune.main() == 1 and "it failed" in capsys.readouterr().err
     assert tune.main() == 1 and done == [["--reserve", "0.5", "--evals", "1"], ["--evals", "1"], ["--reserve", "0.5", "--evals", "1"]]
     assert tune.tried(out) == {("marvel", ENV, "--evals 1", "0-1")}
-    monkeypatch.setattr(sys, "argv", [*words, "--seeds", "11"])
-    with pytest.raises(csvs.BadInput, match="0 to 9"):
+    tries.write_text(f"marvel\nmarvel {ENV} --x 'y\nmarvel {ENV} --evals 2\n")  # a line that cannot be read costs no other
+    monkeypatch.setattr(sys, "argv", words[:-2])
+    capsys.readouterr()
+    assert tune.main() == 1 and done[-1] == ["--evals", "2"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert "line 1: marvel: must be ALGO ENV" in first and "line 2" in second and "(No closing quotation): close it" in second
+    for more, said in (["--seeds", "11"], "0 to 9"), (["--what"], "unrecognized arguments: --what"):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(csvs.BadInput, match=said):
+            tune.main()
+    monkeypatch.setattr(sys, "argv", ["tune.py", str(tmp_path / "nowhere.txt")])
+    with pytest.raises(csvs.BadInput, match="nowhere.txt: not readable"):
         tune.main()
 
 
