@@ -20,7 +20,7 @@ class Arm(NamedTuple):
 
 ALGOS = {  # a control is an argument
     "cpq": Arm("CPQ (offline)", "cpq", offline="cpq"),
-    "bc_safe": Arm("BC-Safe (offline)", "bc_safe"),
+    "bc_safe": Arm("BC-Safe (offline)", "bc_safe", offline="bc_safe"),
     "bc_safe+best": Arm("the clone of what CPQ clones (offline)", "bc_safe", "--data best"),
     "bear_lag": Arm("BEAR-Lag (offline)", "bear_lag", offline="bear_lag"),
     "marvel": Arm("Marvel", "marvel", offline="cpq"),
@@ -76,10 +76,10 @@ LADDER = {  # rung: (what it is, arguments, whose offline checkpoints)
     "anchor": ("bare + anchor", f"--reserve 0 {COLD}", "cpq"),
     "reserve": ("bare + reserve", f"--anchor-weight 0 {COLD}", "cpq"),
     "": ("the suite: all three", "", "cpq"),
-    "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", None),
-    "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", None),
-    "lost": ("the suite, without the odometer", "--no-odometer", None),
-    "blind": ("the suite, critics that do not see x", "--no-privileged-critic", None),
+    "nocloning": ("the suite, CPQ without cloning", "--cloning-weight 0", "cpq+nocloning"),
+    "bc": ("the suite, from a clone (BC-Safe)", "--offline bc_safe", "bc_safe"),
+    "lost": ("the suite, without the odometer", "--no-odometer", "cpq+lost"),
+    "blind": ("the suite, critics that do not see x", "--no-privileged-critic", "cpq+blind"),
 }
 RUNGS = {name: ALGOS[name] for name in ("marvel", "naive_o2o+apid")}  # of which LADDER has variants
 for _rung, (_what, _more, _offline) in LADDER.items():
