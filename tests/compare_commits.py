@@ -20,6 +20,7 @@ VPA = ONLINE + " --vpa-steps 1000 --vpa-batch-size 32 --rank-points 4"
 JOBS = {
     "cpq": OFFLINE, "bear_lag": OFFLINE, "bc_safe": OFFLINE, "marvel": VPA, "naive_o2o": ONLINE, "jsrl": ONLINE, "pex": ONLINE,
     "so2": ONLINE, "sac_lag": EVAL + " --env-steps 6000 --evals 2 --batch-size 32",
+    "wsrl": ONLINE, "cal": ONLINE, "cpq as released": "--preset release " + OFFLINE, "marvel as released": "--preset release " + VPA,
     "marvel from bear_lag": VPA + " --offline bear_lag --replay mixed --critics fresh",
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ def main() -> int:
             for job in JOBS:
                 old, new = (rows(tree, Path(place) / f"runs-{side}", job) for side, tree in trees.items())
                 pairs = zip(old, new, strict=False)
-                differ = [(i, k, a[k], b[k]) for i, (a, b) in enumerate(pairs) for k in a.keys() & b.keys() if a[k] != b[k]]
+                differ = [(i, k, a.get(k), b.get(k)) for i, (a, b) in enumerate(pairs) for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
                 same = not differ and len(old) == len(new)
                 failed |= not same
                 what = f"{len(new)} rows equal" if same else f"{len(old)} and {len(new)} rows, {len(differ)} values differ: {differ[:3]}"
