@@ -201,11 +201,13 @@ def share(successes: int, n: int, confidence: float = 0.95) -> tuple[float, floa
 
 
 def iqm(tasks: list[np.ndarray], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Interquartile mean of all seeds of all tasks, and its interval by a bootstrap stratified by task."""
-    mean = lambda scores: scipy.stats.trim_mean(scores, 0.25, axis=-1)
-    rng = np.random.default_rng(0)
-    drawn = mean(np.concatenate([_resampled(rng, task) for task in tasks], 1))
-    return float(mean(np.concatenate(tasks))), *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    """Interquartile mean of the seeds of all tasks, which count the same, and its interval by a bootstrap stratified by task."""
+    rng, size = np.random.default_rng(0), math.lcm(*(len(task) for task in tasks))
+    # As often as it takes until each task has as many scores as any other.
+    alike = lambda found: np.concatenate([np.repeat(x, size // x.shape[-1], -1) for x in found], -1)
+    mean = lambda found: scipy.stats.trim_mean(alike(found), 0.25, axis=-1)
+    drawn = mean([_resampled(rng, task) for task in tasks])
+    return float(mean(tasks)), *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
 
 
 def over_tasks(found: list[tuple[float, float, float]]) -> tuple[float, float, float]:
