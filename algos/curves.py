@@ -234,6 +234,11 @@ def main(words: list[str] | None = None) -> None:
         print(compare(args.folders, out) if out and len(args.folders) > 1 else draw(args.folders[0], out))
     except CurvesError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        sys.exit(
+            print(f"error: {error.filename2 or error.filename or out}: {error.strerror}: name a place that can be written", file=sys.stderr)
+            or 2
+        )
 
 
 if __name__ == "__main__":

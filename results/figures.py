@@ -67,7 +67,7 @@ def draw_curves(task: Task, names: list[str], path: Path, best: float) -> bool:
     if not math.isnan(best):
         axes[0].axhline(best, color="grey", lw=1, ls=":", label="best safe return of the dataset")
     axes[1].axhline(limit, color="red", lw=1.2, ls="--", label=f"cost limit {limit:g}")
-    axes[1].set_yscale("symlog", linthresh=max(limit, 1.0))
+    axes[1].set_yscale("symlog", linthresh=max(limit, 1.0) if math.isfinite(limit) else 1.0)
     axes[1].set_ylim(bottom=0)
     for axis, label in zip(axes, ("return", "cost")):
         axis.set_xlabel("online environment steps")
@@ -99,7 +99,7 @@ def draw_multipliers(task: Task, path: Path) -> bool:
         axes[2].set_yscale("log")
     limit = task[names[0]].cost_limit
     axes[0].axhline(limit, color="red", lw=1.2, ls="--")
-    axes[0].set_yscale("symlog", linthresh=max(limit, 1.0))
+    axes[0].set_yscale("symlog", linthresh=max(limit, 1.0) if math.isfinite(limit) else 1.0)
     axes[0].set_ylim(bottom=0)
     for axis, label in zip(axes, ("training episode cost", "multiplier λ", "gain / initial gain")):
         axis.set_ylabel(label)

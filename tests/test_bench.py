@@ -55,6 +55,32 @@ def test_the_table_can_be_read_again(bench, tmp_path):
         assert [(row["what"], row["ours"]) for row in csv.DictReader(file)] == [("c", "0.5"), ("a, b", "12346")]
 
 
+def test_recorded_runs_replace_those_of_before(bench, tmp_path):
+    row = lambda what: bench.Row(what, 1.0, "s")
+    bench.write([row("step"), row("whole run, A, seeds 0 to 4"), row("whole run, B, seed 0")], tmp_path / "t.csv")
+    bench.write([row("whole run, A, seeds 100 to 104")], tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [r["what"] for r in csv.DictReader(file)] == ["whole run, A, seeds 100 to 104", "step"]
+
+
+def test_a_measurement_replaces_the_old_one_when_it_comes(tmp_path):
+    from results.speed import cores, gpu
+
+    read = lambda name: list(csv.DictReader(open(tmp_path / name, newline="")))
+    row = lambda backend, rate: {"task": "A", "backend": backend, "steps_per_s": str(rate)}
+    table = gpu.Table(tmp_path / "gpu.csv", gpu.COLUMNS)
+    for backend in ("mjx", "warp"):
+        table.add(row(backend, 1))
+    table = gpu.Table(tmp_path / "gpu.csv", gpu.COLUMNS)  # the next time
+    assert len(read("gpu.csv")) == 2
+    for rate in (2, 3):
+        table.add(row("mjx", rate))
+    assert [(r["backend"], r["steps_per_s"]) for r in read("gpu.csv")] == [("warp", "1"), ("mjx", "2"), ("mjx", "3")]
+    for n, step in ((1, 5), (2, 6), (1, 7)):
+        cores.add({"task": "A", "envs": 64, "cores": n, "machine": "M", "step": step}, tmp_path / "cores.csv")
+    assert [(r["cores"], r["step"]) for r in read("cores.csv")] == [("2", "6"), ("1", "7")]
+
+
 def test_good_arguments_are_taken(bench):
     assert logbook.parse(bench.Args, "--only floor --repeats 2".split()).only == ("floor",)
 

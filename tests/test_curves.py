@@ -86,6 +86,7 @@ def test_the_mean_leaves_out_seeds_that_diverged(folders, tmp_path):
         (["one"] * 10, "at most 9"),
         (["one", "--out", "x.txt"], "must end in .png"),
         (["one", "--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["one", "--out", "folder.png"], "folder.png: Is a directory: name a place that can be written"),
         ([], "required"),
     ],
 )
@@ -100,6 +101,7 @@ def test_bad_input_for_curves_is_one_line(words, message, folders, tmp_path, cap
     Path("damaged/progress.csv").write_text("a,b\n1,2\n")
     Path("binary/progress.csv").write_bytes(b"\xff\xfe\x00\n")
     Path("empty/progress.csv").write_text(Path("one/progress.csv").read_text().splitlines(keepends=True)[0])
+    Path("folder.png").mkdir()
     before = set(tmp_path.rglob("*"))
     code, out, err = run_curves(capsys, *words)
     assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and message in err, err

@@ -136,6 +136,7 @@ class Row:
         return None if self.floor is None else self.ours / self.floor
 
 
+WHOLE = "whole run"
 COLUMNS = "what ours unit peer peer_name ratio floor times_floor note".split()
 
 
@@ -156,11 +157,12 @@ def show(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """Rows that stand in the file and were not measured now are kept, behind the new ones."""
+    """Rows that stand in the file and were not measured now are kept, behind the new ones; of whole runs only where none is new."""
     kept, new = [], {cells(row)[COLUMNS[0]] for row in rows}
+    again = tuple(start for start in (WHOLE,) if any(what.startswith(start) for what in new))
     if path.exists():
         with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row.get(COLUMNS[0]) not in new]
+            kept = [row for row in csv.DictReader(file) if row[COLUMNS[0]] not in new and not row[COLUMNS[0]].startswith(again)]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -558,9 +560,10 @@ def whole(args: Args, _) -> list[Row]:
     rows = []
     for path in sorted((ROOT / "results").glob("*/marvel.json")):
         for run in json.loads(path.read_text()).get("runs", []):
-            if run.get("seconds") and path.parent.name != args.whole:
+            if run.get("seconds"):
                 note = f"recorded at {run.get('commit', '')[:7]} on {run.get('device', '')}, not measured now; {run.get('command', '')}"
-                rows.append(Row(f"whole run, {path.parent.name}, {len(run['seeds'])} seed(s)", run["seconds"], "s", note=note))
+                which = f"seeds {min(run['seeds'])} to {max(run['seeds'])}"
+                rows.append(Row(f"{WHOLE}, {path.parent.name}, {which}", run["seconds"], "s", note=note))
     if args.whole:
         with tempfile.TemporaryDirectory() as runs:
             words = ["algos/marvel.py", "--env", args.whole]
@@ -570,7 +573,7 @@ def whole(args: Args, _) -> list[Row]:
         if done.returncode:
             print(f"whole run: not measured: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}", flush=True)
         else:
-            rows.append(Row(f"whole run, {args.whole}, 1 seed", seconds, "s", note=f"start and compilation included; {' '.join(words)}"))
+            rows.append(Row(f"{WHOLE}, {args.whole}, seed 0", seconds, "s", note=f"start and compilation included; {' '.join(words)}"))
     return rows
 
 

@@ -99,6 +99,18 @@ def measure(task: str, n: int, cores: int, seconds: float) -> dict[str, float]:
     return found | {"lock_us": 1e6 / rates({"lock": without(lambda *args: None)}, n, seconds / 3)["lock"]}
 
 
+def add(row: dict, path: Path) -> None:
+    """Writes a row behind those of the file, in the place of the old one of the same measurement."""
+    same, rows = lambda other: all(str(other[c]) == str(row[c]) for c in ("task", "envs", "cores", "machine")), []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [other for other in csv.DictReader(file) if not same(other)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*rows, row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
@@ -118,33 +130,23 @@ def main() -> None:
     if max(options.cores) > len(mine):
         parser.error(f"--cores {max(options.cores)}: this process may use {len(mine)}")
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    others = []
-    if options.out.exists():
-        with open(options.out, newline="") as file:
-            again = lambda row: row["task"] in options.tasks and int(row["cores"]) in options.cores and int(row["envs"]) in options.envs
-            others = [row for row in csv.DictReader(file) if row["machine"] != model or not again(row)]
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(others)
-        print(*(f"{c:>12s}" for c in COLUMNS[:-1]))
-        for cores in options.cores:
-            words = ["--worker", "--cores", str(cores), "--seconds", str(options.seconds), "--tasks", *options.tasks]
-            command = [sys.executable, __file__, *words, "--envs", *map(str, options.envs)]
-            own = set(mine[:cores])
-            environ = os.environ | {"JAX_PLATFORMS": "cpu"}
-            pinned = lambda own=own: os.sched_setaffinity(0, own)
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, preexec_fn=pinned) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.startswith("row "):
-                        row = {k: round(v, 2) if isinstance(v, float) else v for k, v in json.loads(line[4:]).items()}
-                        row |= {"cores": cores, "machine": model}
-                        writer.writerow(row)
-                        file.flush()
-                        print(*(f"{str(row[c])[-12:]:>12s}" for c in COLUMNS[:-1]), flush=True)
-            if process.returncode:
-                sys.exit(process.returncode)
+    print(*(f"{c:>12s}" for c in COLUMNS[:-1]))
+    for cores in options.cores:
+        words = ["--worker", "--cores", str(cores), "--seconds", str(options.seconds), "--tasks", *options.tasks]
+        command = [sys.executable, __file__, *words, "--envs", *map(str, options.envs)]
+        own = set(mine[:cores])
+        environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+        pinned = lambda own=own: os.sched_setaffinity(0, own)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, preexec_fn=pinned) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("row "):
+                    row = {k: round(v, 2) if isinstance(v, float) else v for k, v in json.loads(line[4:]).items()}
+                    row |= {"cores": cores, "machine": model}
+                    add(row, options.out)
+                    print(*(f"{str(row[c])[-12:]:>12s}" for c in COLUMNS[:-1]), flush=True)
+        if process.returncode:
+            sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

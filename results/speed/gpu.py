@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,12 +199,22 @@ def run(command: list[str], limit: float, got) -> str:
     return "" if status == 0 else f"exit {status}: {(errors or [''])[-1].strip()[:200]}"
 
 
-def others(path: Path, prefix: str, measured: set) -> list[dict]:
-    """The rows of `path` that are of none of the jobs to be `measured`, (prefix + backend, task)."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if (prefix + row["backend"], row["task"]) not in measured]
+class Table:
+    """A CSV file, written anew with each row that is added. The old rows of a job go when its first new one comes, and not before."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]):
+        self.path, self.columns, self.old, self.new = path, columns, [], []
+        if path.exists():
+            with open(path, newline="") as file:
+                self.old = list(csv.DictReader(file))
+
+    def add(self, row: dict) -> None:
+        self.new.append(row)
+        measured = {(row["backend"], row["task"]) for row in self.new}
+        with open(self.path, "w", newline="") as file:
+            table = csv.DictWriter(file, self.columns)
+            table.writeheader()
+            table.writerows([*(row for row in self.old if (row["backend"], row["task"]) not in measured), *self.new])
 
 
 def main() -> None:
@@ -221,37 +232,33 @@ def main() -> None:
     args = p.parse_args()
     if args.job:
         return child(args)
+    if args.out == HERE and not shutil.which("nvidia-smi"):
+        p.error("no NVIDIA GPU here, and these are the tables of one: name another folder with --out to rehearse")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ends = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = {(job, task) for job, task, *_ in JOBS if job in (args.only or [job]) and task in (args.tasks or [task])}
-    kept = {name: others(args.out / name, prefix, wanted) for name, prefix in (("gpu.csv", ""), ("gpu_episodes.csv", "episodes-"))}
-    with open(args.out / "gpu.csv", "w", newline="") as a, open(args.out / "gpu_episodes.csv", "w", newline="") as b:
-        tables = {False: (a, csv.DictWriter(a, COLUMNS)), True: (b, csv.DictWriter(b, EPISODES))}
-        for (file, table), rows in zip(tables.values(), kept.values(), strict=True):
-            table.writeheader()
-            table.writerows(rows)
-            file.flush()
-        for job, task, n, most in JOBS:
-            if (job, task) not in wanted:
-                continue
-            kind, _, backend = job.rpartition("-")
-            left = ends - time.monotonic()
-            sizes = [str(x) for x in ([n] if n and not args.tasks else args.envs)]
-            command = [sys.executable, __file__, "--job", job, "--task", task, "--envs", *sizes, "--seconds", str(args.seconds)]
-            command += ["--episodes", str(args.episodes), "--horizon", str(args.horizon)]
-            file, table = tables[bool(kind)]
+    tables = {False: Table(args.out / "gpu.csv", COLUMNS), True: Table(args.out / "gpu_episodes.csv", EPISODES)}
+    for job, task, n, most in JOBS:
+        if job not in (args.only or [job]) or task not in (args.tasks or [task]):
+            continue
+        kind, _, backend = job.rpartition("-")
+        left = ends - time.monotonic()
+        if left <= 10:
+            print(f"{job} {task}: no time left", flush=True)
+            continue
+        sizes = [str(x) for x in ([n] if n and not args.tasks else args.envs)]
+        command = [sys.executable, __file__, "--job", job, "--task", task, "--envs", *sizes, "--seconds", str(args.seconds)]
+        command += ["--episodes", str(args.episodes), "--horizon", str(args.horizon)]
 
-            def got(row):
-                table.writerow(row)
-                file.flush()
-                print({k: v for k, v in row.items() if k not in ("versions",)}, flush=True)
+        def got(row, table=tables[bool(kind)]):
+            table.add(row)
+            print({k: v for k, v in row.items() if k not in ("versions",)}, flush=True)
 
-            why = run(command, min(most, left), got) if left > 10 else "no time left"
-            if why:
-                print(f"{job} {task}: {why}", flush=True)
-                if not kind:
-                    got({"task": task, "backend": backend, "note": why, "versions": versions()})
+        why = run(command, min(most, left), got)
+        if why:
+            print(f"{job} {task}: {why}", flush=True)
+            if not kind:
+                got({"task": task, "backend": backend, "note": why, "versions": versions()})
 
 
 if __name__ == "__main__":

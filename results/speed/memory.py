@@ -87,11 +87,15 @@ def measure(name: str, args: Args) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    try:
+        tasks = [envs.resolve(name) for name in args.tasks]
+    except envs.UnknownName as error:
+        sys.exit(f"error: {error}")
     print(f"{args.seeds} seeds, a replay buffer of {args.buffer_size:,} and a dataset of {args.transitions:,} transitions\n")
     print(f"{'task':28s}{'environment':>13}{'transition':>12}{'learner/seed':>14}{'buffer/seed':>14}{'dataset':>11}", end="")
     print(f"{'step, all':>12}{'all':>10}{'of the device':>15}")
-    for name in args.tasks:
-        found = measure(envs.resolve(name), args)
+    for name in tasks:
+        found = measure(name, args)
         mega = lambda key, found=found: f"{found[key] / 1e6:,.1f} MB"
         print(f"{name:28s}{found['environment']:>11,.0f} B{found['transition']:>10,} B{mega('learner'):>14}", end="")
         print(f"{mega('buffer'):>14}{mega('dataset'):>11}{mega('working') if args.working else '-':>12}", end="")
