@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algos import cpq, logbook, training
+from algos import logbook, training
 from algos.networks import Actor, log_probability
 from algos.training import CHUNK, ActorArgs, EvalArgs, Learner, OfflineArgs, Run, RunArgs, apply_gradient
 from data import dsrl
@@ -50,7 +50,9 @@ class Args(EvalArgs, CloningArgs, ActorArgs, RunArgs):
     """with --data best: clone the safe trajectories whose return is at or above this quantile of theirs"""
 
 
-PRESETS = {"suite": logbook.shared(Args, cpq.SUITE)}  # what phase 1 of `--offline bc_safe` has
+PRESETS: dict[str, dict] = {  # per task, as phase 1 of `--offline bc_safe` has them
+    "suite": {"SafetyAntRun": dict(offline_actor_lr=3e-3, final_eval_rounds=10), "SafetyCarRun": dict(cloning_quantile=0.25)}
+}
 RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + ["data", "frontier", "cloning_quantile"]
 

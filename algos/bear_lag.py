@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from algos import cpq, logbook, training
+from algos import logbook, training
 from algos.networks import Networks, sample_action, vae_loss
 from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, OfflineCriticArgs, Run, RunArgs, apply_gradient, update_targets
 from envs.rollout import Batch
@@ -67,7 +67,9 @@ class Args(EvalArgs, BearArgs, NetworkArgs, RunArgs):
     """this algorithm"""
 
 
-PRESETS = {"suite": logbook.shared(Args, cpq.SUITE)}  # what phase 1 of `--offline bear_lag` has
+PRESETS: dict[str, dict] = {  # per task, as phase 1 of `--offline bear_lag` has them
+    "suite": {"SafetyAntRun": dict(offline_actor_lr=3e-3, termination_cost=100.0, final_eval_rounds=10)}
+}
 RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + training.CRITIC_RECIPE
 RECIPE += "mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals offline_max_multiplier".split()

@@ -144,12 +144,6 @@ def parse(args_class, words: list[str] | None = None, presets: dict[str, dict[st
         raise BadInput(line.replace("see - --help", "see --help").replace("run - --help", "run --help")) from None
 
 
-def shared(args_class, settings: dict[str, dict]) -> dict[str, dict]:
-    """Of the `settings` of each task those that `args_class` has arguments for."""
-    known = {field.name for field in dataclasses.fields(args_class)}
-    return {task: {name: value for name, value in of_task.items() if name in known} for task, of_task in settings.items()}
-
-
 def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None, words: list[str] | None = None) -> None:
     """Parses the command line (or `words`) and runs `main`; failures are one line on standard error.
 
