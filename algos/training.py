@@ -414,9 +414,7 @@ def show_episodes(args, env: envs.Env, policy: Callable) -> None:
     """Return and cost of a policy over --episodes; its --trajectory, --video and --export."""
     if args.export:
         export.check(args.export)
-    for path, suffixes in ((args.trajectory, render.TRAJECTORIES), (args.video, render.VIDEOS)):
-        if path:
-            render.suffixed(path, suffixes)  # before the episodes, which may be slow
+    render.check(env, args.trajectory, args.video)
     key = jax.random.key(args.seed)
     found = episode_statistics(replayed(env, policy, key, args.episodes), args.cost_limit)
     print(f"{env.name}: {args.episodes} episodes, return {found['return']:.1f}, cost {found['cost']:.1f}")

@@ -48,11 +48,29 @@ class RenderError(ValueError):
 
 
 def suffixed(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
-    """The path; RenderError unless it ends in one of these. Asked before the episodes, which may be slow."""
+    """The path; RenderError unless it ends in one of these."""
     path = Path(path)
     if path.suffix not in suffixes:
         raise RenderError(f"{path}: its suffix is {path.suffix!r}; name a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     return path
+
+
+def check_native(env: Any) -> None:
+    """RenderError if the environment is not one of this package's own tasks."""
+    if not hasattr(env, "physics"):
+        film = ", though --video can film it" if reference.own(env.name) else ""
+        raise RenderError(f"no pictures of {env.name} on the backend {env.backend}: only of native tasks (envs.TASKS){film}")
+
+
+def check(env: Any, path_trajectory: str | os.PathLike | None, path_video: str | os.PathLike | None) -> None:
+    """RenderError if one of these (None: not wanted) cannot be made. For before the episodes, which may be slow."""
+    for path, suffixes in ((path_trajectory, TRAJECTORIES), (path_video, VIDEOS)):
+        if path:
+            suffixed(path, suffixes)
+    if path_trajectory or path_video and not reference.own(env.name):
+        check_native(env)
+    if path_video and not reference.own(env.name):
+        opengl()
 
 
 class Rollout(NamedTuple):
@@ -67,9 +85,7 @@ class Rollout(NamedTuple):
 
 def rollout(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Rollout:
     """Runs `episodes` episodes of a policy; RenderError if the environment is not one of this package's own tasks."""
-    if not hasattr(env, "physics"):
-        film = ", though --video can film it" if reference.own(env.name) else ""
-        raise RenderError(f"no pictures of {env.name} on the backend {env.backend}: only of native tasks (envs.TASKS){film}")
+    check_native(env)
     key_reset, key_policy = jax.random.split(key)
 
     def one(carry, key):

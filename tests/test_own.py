@@ -339,6 +339,9 @@ def test_it_is_filmed_by_its_own_render(point, tmp_path, monkeypatch):
     red = white[:, 0].astype(int) - white[:, 1] > 50
     assert 5 < red.sum() < 45, "steps with cost are not told apart"
     with pytest.raises(render.RenderError, match="only of native tasks.*--video can film it"):
+        render.check(point[0], tmp_path / "a.png", None)
+    render.check(point[0], None, tmp_path / "a.gif")
+    with pytest.raises(render.RenderError, match="--video can film it"):
         render.trajectory(point[0], fast, jax.random.key(0), tmp_path / "a.png")
 
 
