@@ -159,10 +159,10 @@ def show(rows: list[Row]) -> str:
 def write(rows: list[Row], path: Path) -> None:
     """Rows that stand in the file and were not measured now are kept, behind the new ones; of whole runs only where none is new."""
     kept, new = [], {cells(row)[COLUMNS[0]] for row in rows}
-    again = tuple(start for start in (WHOLE,) if any(what.startswith(start) for what in new))
+    whole = any(what.startswith(WHOLE) for what in new)
     if path.exists():
         with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row[COLUMNS[0]] not in new and not row[COLUMNS[0]].startswith(again)]
+            kept = [row for row in csv.DictReader(file) if row["what"] not in new and not (whole and row["what"].startswith(WHOLE))]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
