@@ -364,11 +364,12 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
         error(source, "zero transitions", "collect the dataset again")
 
     for role, names in columns.items():
-        rows = role in ("obs", "next_obs", "action")
+        several, rows = len(names) > 1, role in ("obs", "next_obs", "action")
         for part, name in ((parts[name], name) for name in names):
-            if len(names) > 1 and part.dtype.kind not in "fiub":
+            if several and part.dtype.kind not in "fiub":
                 error(source, f"{name} holds {part.dtype}, not numbers", f"name other columns with --{role.replace('_', '-')}")
-            if part.ndim > 2 and len(names) > 1 if rows else part.size != n and (len(names) > 1 or role in ("terminal", "timeout", "done")):
+            fits = part.ndim <= 2 if rows else part.size == n
+            if not fits and (several or role in ("terminal", "timeout", "done")):  # dsrl.check looks at a single matrix, reward or cost
                 wanted = "a row of numbers" if rows else "one number"
                 error(source, f"{name} has the shape {part.shape}, not {wanted} per transition", "export its columns one by one")
 
