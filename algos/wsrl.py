@@ -8,7 +8,7 @@ multiplier. What `--actor-warmup` does in every finetuner of this suite comes fr
     warm-up: episodes of the frozen policy go to the replay; nothing learns                    finetuning.freeze_all
     online: y_r = r + gamma (1-term.) min_{i in M} Q'_i(s',a'), M: `critic_subset` of the Q'_i  wsrl_critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               wsrl_critic_loss
-            maximise mean_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a), h = -log pi(a|s)         wsrl_actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a), h = -log pi(a|s)          wsrl_actor_loss
             lambda from the mean cost of the newest episodes                                   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
@@ -16,10 +16,11 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations, P from the paper, R from its code. Offline those of cpq.py. Online:
  1 (P, R) The suite's multiplier and cost critic; the paper has no costs.
- 2 (P, R) Two Q (--num-critics 10, as REDQ), updates as in the suite's other finetuners (P, R: four a step of the environment,
-   batches of 256: --updates-per-iter, --batch-size 256), smaller networks.
+ 2 (P, R) Two Q (--num-critics 10, as REDQ), smaller networks, and updates as in the suite's other finetuners: --updates-per-iter of
+   both critics and actor. R takes four critic steps of 256 transitions per step of the environment, and one actor step on all 1,024.
+   M has distinct members, as in REDQ; R draws them with replacement.
  3 (P, R) The suite's step sizes (--actor-lr 1e-4 --critic-lr 3e-4 --actor-schedule constant --tau 0.005).
- 4 (P, R) Fixed entropy weight (P, R: tuned to an entropy of -|a|/2).
+ 4 (P, R) Fixed entropy weight (R: tuned to a target entropy).
 The offline policy anchors nothing, as published; --anchor-weight 0.2 gives it the suite's anchor.
 """
 
@@ -46,6 +47,8 @@ class Args(FinetuneArgs):
 
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "dual"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
+    actor_warmup: int = FinetuneArgs.actor_warmup
+    """iterations of warm-up, in which the frozen policy collects and nothing learns (WSRL: 5,000 steps of the environment)"""
     anchor_weight: float = 0.0
     """weight of KL(pi | offline policy), scaled reward per nat (WSRL: 0)"""
     critic_subset: int = 2
@@ -73,11 +76,10 @@ def wsrl_critic_loss(critics, actor, targets, batch: Batch, key, networks: Netwo
 
 
 def wsrl_actor_loss(actor, critics, prior, multiplier, anchor, batch: Batch, key, networks: Networks, args):
-    """-(mean_i Q_i - lambda Qc + entropy weight * h - anchor * KL(pi | offline policy)) of the policy's own actions."""
+    """-(min_i Q_i - lambda Qc + entropy weight * h - anchor * KL(pi | offline policy)) of the policy's own actions."""
     mean, log_std = networks.actor.apply(actor, batch.obs)
     action, log_prob = sample_action(key, mean, log_std)
-    q = networks.reward.apply(critics["reward"], batch.obs, action).mean(0)
-    qc = networks.qc(critics, batch.obs, action)
+    q, qc = networks.q(critics, batch.obs, action), networks.qc(critics, batch.obs, action)
     divergence = kl_divergence(mean, log_std, *networks.actor.apply(prior, batch.obs))
     loss = jnp.mean(args.entropy_weight * log_prob + anchor * divergence - q + multiplier * qc)
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}

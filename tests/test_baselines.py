@@ -275,6 +275,16 @@ def test_wsrl_bootstraps_from_the_minimum_of_a_random_subset():
     assert min(abs(float(loss) - x) for x in possible) < 1e-6
 
 
+def test_wsrl_s_actor_takes_the_minimum_of_all_critics():
+    args, networks, params = built(wsrl, num_critics=5)
+    batch, critics, key = some_batch(), params["critics"], jax.random.key(4)
+    action, log_prob = sample_action(key, *networks.actor.apply(params["actor"], batch.obs))
+    q = np.asarray(networks.reward.apply(critics["reward"], batch.obs, action)).min(0)
+    qc = np.asarray(networks.cost.apply(critics["cost"], batch.obs, action))[0]
+    found = wsrl.wsrl_actor_loss(params["actor"], critics, params["actor"], 0.7, 0.3, batch, key, networks, args)[0]  # KL is 0
+    assert float(found) == pytest.approx(float(np.mean(args.entropy_weight * np.asarray(log_prob) - q + 0.7 * qc)), rel=1e-5)
+
+
 def test_nothing_learns_while_everything_is_frozen():
     old = training.Learner({"actor": jnp.zeros(2), "critics": jnp.ones(3)}, {"cost": jnp.ones(1)}, {"actor": jnp.int32(4)})
     new = jax.tree.map(lambda x: x + 1, old)
