@@ -5,7 +5,7 @@ release (arXiv 2412.04426) starts. Leaves one checkpoint per seed under RUNS/ENV
 
     equation                                                                                  function
     VAE: |a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I))                               networks.vae_loss
-    MMD^2(p, q) = E k(x,x') - 2 E k(x,y) + E k(y,y'), Laplacian k, x,x' ~ p, y,y' ~ q         mmd_squared
+    MMD^2(p, q) = E k(x,x') - 2 E k(x,y) + E k(y,y'), Gaussian k, x,x' ~ p, y,y' ~ q          mmd_squared
     Q'(s',a') = w min_i Q'_i + (1-w) max_i Q'_i;  y_r = r + gamma (1-term.) max_k Q'(s',a'_k)  bear_critic_loss
     y_c = c + gamma (1-term.) mean_k Qc'(s',a'_k), a'_k ~ pi(.|s')                            bear_critic_loss
     maximise min_i Q_i(s,a) - lambda Qc(s,a) - beta (MMD(pi, VAE) - epsilon)                  bear_actor_loss
@@ -16,10 +16,12 @@ Units: critics see reward * reward_scale and raw cost, so lambda counts scaled r
 
 Deviations, P from the paper, R from the reference code (OSRL):
  1 (R) The multiplier is a dual variable of E Qc <= q_thres, bounded by `offline_max_multiplier`, not a PID controller.
- 2 (P) The MMD is between actions in [-1, 1]^a (after tanh), whose scale does not depend on the task.
- 3 (R) The cost target is the mean over the sampled actions: the maximum, meant for optimism about reward, has no meaning for cost.
- 4 (R) Time-outs bootstrap; only terminal states stop.
- 5 (P, R) As in cpq.py, with the same switches: symlog, LayerNorm, smaller networks, faster targets, fewer and smaller steps, the falling
+ 2 (P, R) The MMD is between actions in [-1, 1]^a, after tanh (P, R: before it). Its kernel and width are R's (P: Laplacian).
+ 3 (R) One cost critic, as Marvel's release (R: two). Its target is the mean over the sampled actions: the maximum, meant for optimism
+   about reward, has no meaning for cost.
+ 4 (R) Time-outs bootstrap; terminal states stop both critics (R: time-outs too, and the cost critic never stops).
+ 5 (R) The next actions are the policy's (R: of its moving average).
+ 6 (P, R) As in cpq.py, with the same switches: symlog, LayerNorm, smaller networks, faster targets, fewer and smaller steps, the falling
    step size (7, 8), x for critics (9), the termination cost (10), the odometer (12), the task's reward scale (13), and the bound of
    Qc' (--no-clip-cost-target).
 """
@@ -48,8 +50,8 @@ class BearArgs(OfflineCriticArgs):
 
     mmd_samples: int = 10
     """actions per state from policy and VAE (BEAR: 4 to 10)"""
-    mmd_sigma: float = 1.0
-    """width of the Laplacian kernel, in units of actions"""
+    mmd_sigma: float = 50.0
+    """width of the Gaussian kernel exp(-|x-y|^2 / (2 sigma)), in squared units of actions (OSRL: 50)"""
     mmd_limit: float = 0.05
     """epsilon: MMD that the policy may keep from the behaviour (BEAR, OSRL: 0.05)"""
     mmd_dual_lr: float = 1e-3
@@ -70,7 +72,7 @@ class Args(EvalArgs, BearArgs, NetworkArgs, RunArgs):
 PRESETS: dict[str, dict] = {  # per task, as phase 1 of `--offline bear_lag` has them
     "suite": {"SafetyAntRun": dict(offline_actor_lr=3e-3, termination_cost=100.0, final_eval_rounds=10)}
 }
-RECIPE_VERSION = 1  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
+RECIPE_VERSION = 2  # raise it when the same arguments give another policy or other critics (tests/test_recipes.py)
 RECIPE = training.COMMON_RECIPE + training.CRITIC_RECIPE
 RECIPE += "mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals offline_max_multiplier".split()
 
@@ -78,10 +80,10 @@ RECIPE += "mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals
 
 
 def mmd_squared(x, y, sigma: float):
-    """Squared maximum mean discrepancy (...,) of samples x (..., n, a) and y (..., m, a) under a Laplacian kernel."""
+    """Squared maximum mean discrepancy (...,) of samples x (..., n, a) and y (..., m, a) under the kernel exp(-|x-y|^2 / (2 sigma))."""
 
     def kernel(a, b):
-        return jnp.mean(jnp.exp(-jnp.sum(jnp.abs(a[..., :, None, :] - b[..., None, :, :]), -1) / sigma), (-2, -1))
+        return jnp.mean(jnp.exp(-jnp.sum(jnp.square(a[..., :, None, :] - b[..., None, :, :]), -1) / (2 * sigma)), (-2, -1))
 
     return kernel(x, x) - 2 * kernel(x, y) + kernel(y, y)
 

@@ -52,7 +52,7 @@ def some_batch(n=6):
 def test_mmd_against_a_double_loop(variant):  # noqa: F811
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 5, 2)) + 0.5
-    kernel = lambda a, b: np.exp(-np.abs(a - b).sum() / 0.7)
+    kernel = lambda a, b: np.exp(-((a - b) ** 2).sum() / 1.4)
     mean = lambda u, v: np.mean([kernel(a, b) for a in u for b in v])
     expected = [mean(u, u) - 2 * mean(u, v) + mean(v, v) for u, v in zip(x, y)]
     found = variant(lambda x, y: bear_lag.mmd_squared(x, y, 0.7))(jnp.float32(x), jnp.float32(y))
@@ -63,6 +63,15 @@ def test_mmd_is_zero_only_for_equal_samples():
     x = jax.random.normal(jax.random.key(0), (6, 2))
     assert float(bear_lag.mmd_squared(x, x[::-1], 1.0)) == pytest.approx(0.0, abs=1e-6)
     assert float(bear_lag.mmd_squared(x, x + 1.0, 1.0)) > 0.1
+
+
+@pytest.mark.parametrize("actions, std", [(2, 0.1), (2, 0.3), (6, 0.3), (8, 0.3)])
+def test_a_policy_that_is_the_behaviour_keeps_its_mmd_limit(actions, std):
+    """Ten samples of one distribution twice: their MMD is not zero, but below the limit that beta enforces; half an action away it is above."""
+    args, keys = bear_lag.Args(), jax.random.split(jax.random.key(0))
+    x, y = (jnp.tanh(std * jax.random.normal(key, (1000, args.mmd_samples, actions))) for key in keys)
+    mmd = lambda x, y: float(jnp.sqrt(jnp.maximum(bear_lag.mmd_squared(x, y, args.mmd_sigma), 0)).mean())  # rounding
+    assert mmd(x, y) < args.mmd_limit < mmd(x, y + 0.5)
 
 
 def test_bear_critic_targets():

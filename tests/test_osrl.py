@@ -330,8 +330,8 @@ def test_pid_terms(osrl):
 
 
 def test_mmd(osrl):
-    """Laplacian kernels: OSRL's are exp(-|d| / (2 sigma)), and it returns the root of MMD^2 + 1e-6."""
-    found = bear_lag.mmd_squared(jnp.asarray(osrl["mmd"]["x"]), jnp.asarray(osrl["mmd"]["y"]), 2 * osrl["meta"]["sigma"])
+    """Gaussian kernels; OSRL returns the root of MMD^2 + 1e-6."""
+    found = bear_lag.mmd_squared(jnp.asarray(osrl["mmd"]["x"]), jnp.asarray(osrl["mmd"]["y"]), osrl["meta"]["sigma"])
     np.testing.assert_allclose(found, osrl["mmd"]["value"] ** 2 - 1e-6, rtol=1e-4)
 
 

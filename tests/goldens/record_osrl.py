@@ -182,7 +182,7 @@ def record_pid():
 
 def record_bear(model):
     x, y = torch.tanh(normal(6, 4, ACTION)), torch.tanh(normal(6, 4, ACTION) + 0.5)
-    keep("mmd/x", x), keep("mmd/y", y), keep("mmd/value", model.mmd_loss_laplacian(x, y, META["sigma"]))
+    keep("mmd/x", x), keep("mmd/y", y), keep("mmd/value", model.mmd_loss_gaussian(x, y, META["sigma"]))
 
     draws = normal(ROWS * SAMPLES, ACTION)  # a state's samples are neighbours
     keep("bear/noise", draws)
