@@ -314,7 +314,9 @@ def run_offline(algo, steps, name, values, **changes):
 def test_bear_lag_optimum():
     """MMD limits of 2, which nothing reaches, and 0.3. The first: the constrained optimum and its lambda. The second: the policy keeps
     to its distance from the data, where the cost is below its limit; the price of distance is positive and lambda falls."""
-    found = run_offline(bear_lag, 1200, "mmd_limit", [2.0, 0.3], init_duals=(0.1, 0.5), offline_max_multiplier=10.0, mmd_samples=8, mmd_sigma=1.0)
+    found = run_offline(
+        bear_lag, 1200, "mmd_limit", [2.0, 0.3], init_duals=(0.1, 0.5), offline_max_multiplier=10.0, mmd_samples=8, mmd_sigma=1.0
+    )
     free, near = ({k: x[i, -4:].mean(0) for k, x in found.items()} for i in (0, 1))
     np.testing.assert_allclose(free["mean"], best(multiplier_of(0.0)), atol=0.03)
     assert free["cost"] == pytest.approx(LIMIT, rel=0.08)
