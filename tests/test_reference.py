@@ -21,6 +21,7 @@ from algos import diagnostics, marvel, training
 from data import dsrl
 from envs import parity
 from envs.reference import compat
+from envs.reference import pool as pool_module
 from envs.reference.env import bullet_python
 from envs.reference.pool import Pool, WorkerError
 
@@ -301,6 +302,36 @@ def test_a_dead_worker_is_named():
     os.kill(pool._processes[0]._popen.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="SafetyHopperVelocity-v1: a simulator process died"):
         pool.reset(np.zeros(2, np.uint32))
+    assert pool.reset(np.zeros(2, np.uint32)).shape == (2, 11)  # a new process has taken its place
+    pool.close()
+
+
+@pytest.mark.parametrize("asked", ["step", "reset"])
+def test_an_interrupt_leaves_no_answer_to_the_next_question(asked, monkeypatch):
+    """Ctrl-C between question and answer: what is asked later gets its own answers, from states that are replayed."""
+    pool, seeds = Pool("safety-gymnasium", "SafetyHopperVelocity-v1", workers=2), np.arange(3, dtype=np.uint32)
+    first = pool.reset(seeds)
+
+    def step(t, push):
+        past = np.zeros((3, 1000, 3), np.float32)
+        past[:, :t] = 0.5
+        return pool.step(seeds, past, np.full(3, t), np.full((3, 3), push, np.float32), np.zeros(3, bool), seeds)[1]
+
+    wanted = [step(0, 0.5), step(1, -0.5)]
+    pool.reset(seeds)
+    step(0, 0.5)
+    receive = pool_module._Process.receive
+
+    def interrupted(process):
+        monkeypatch.setattr(pool_module._Process, "receive", receive)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool_module._Process, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(1, 0.9) if asked == "step" else pool.reset(seeds + 7)
+    np.testing.assert_array_equal(step(1, -0.5), wanted[1])
+    np.testing.assert_array_equal(pool.reset(seeds), first)
+    np.testing.assert_array_equal(step(0, 0.5), wanted[0])
     pool.close()
 
 

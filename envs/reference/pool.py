@@ -12,8 +12,8 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,10 @@ class WorkerError(RuntimeError):
     def __init__(self, name: str, what: str):
         super().__init__(f"{name}: {what}")
         self.what = what
+
+
+class Died(WorkerError):
+    """The process of a simulator is gone."""
 
 
 class _Process:
@@ -54,7 +58,7 @@ class _Process:
         try:
             good, answer, *details = pickle.load(self._stdout)
         except (EOFError, pickle.UnpicklingError):
-            raise WorkerError(self.name, f"a simulator process died (exit code {self._popen.wait()})") from None
+            raise Died(self.name, f"a simulator process died (exit code {self._popen.wait()})") from None
         if not good:
             error = WorkerError(self.name, answer)
             for traceback in filter(None, details):
@@ -67,6 +71,10 @@ class _Process:
             self._stdin.close()
         self._stdout.close()
         self._popen.wait()
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self.close()
 
 
 def _close(processes: list[_Process]) -> None:
@@ -93,9 +101,26 @@ class Pool:
         self._made = [0] * self._limit  # simulators per process
         self._batches: set[int] = set()  # sizes seen
 
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around questions and answers. An interrupt, or a process that died, may leave answers that would be taken for those of the next
+        question: all processes are then replaced, and states come back by replay."""
+        with self._lock:
+            try:
+                yield
+            except BaseException as error:
+                if isinstance(error, Died) or not isinstance(error, WorkerError):
+                    for process in self._processes:
+                        process.kill()
+                    self._processes.clear()  # the list that `close` holds
+                    self._at.clear()
+                    self._idle.clear()
+                    self._made = [0] * self._limit
+                raise
+
     def reset(self, seeds: np.ndarray) -> np.ndarray:
         """The first observations (n, obs_size) of the episodes with these seeds (n,), uint32."""
-        with self._lock:
+        with self._exchange():
             histories = [seed.tobytes() for seed in seeds]
             simulators, _ = self._simulators([None] * len(histories))
             (obs,) = self._call("reset", simulators, seeds)
@@ -108,7 +133,7 @@ class Pool:
         The states are seeds (rows,) uint32 with the first n (rows,) of the actions past (rows, T, a). Where the episode ends,
         or `last` (rows,) says so, the next one begins with next_seeds.
         """
-        with self._lock:
+        with self._exchange():
             pasts = [past[i, : n[i]] for i in range(len(seeds))]
             histories = [seed.tobytes() + p.tobytes() for seed, p in zip(seeds, pasts)]
             simulators, there = self._simulators(histories)
@@ -121,7 +146,8 @@ class Pool:
 
     def ask(self, method: str, *arguments):
         """What a method of worker.py's `Worker` answers that is about no state."""
-        with self._lock:
+        with self._exchange():
+            self._grow(1)
             self._processes[0].send(method, *arguments)
             return self._processes[0].receive()
 
@@ -144,9 +170,14 @@ class Pool:
     def _grow(self, rows: int) -> None:
         """Starts processes, together: their imports take a second."""
         new = [self._start() for _ in range(len(self._processes), min(self._limit, rows))]
+        try:
+            for process in new:
+                process.receive()
+        except BaseException:
+            for process in new:
+                process.kill()
+            raise
         self._processes += new
-        for process in new:
-            process.receive()
 
     def _take(self, process: int) -> tuple[int, int]:
         """A simulator of this process whose state may be lost: an idle one, a new one, or the one used longest ago.
