@@ -155,7 +155,7 @@ def command(main, args_class, presets: dict[str, dict[str, dict]] | None = None,
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except AllDiverged as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
-    except jax.errors.JaxRuntimeError:
+    except reference.RAISED:
         if not reference.failures:
             raise
         print(f"error: {reference.failures[0]}: mend it and go on with --resume", file=sys.stderr)

@@ -260,15 +260,20 @@ def provided(name: str) -> Path:
                 print(f"making {path.name}, once, as `python -m data.collect --env {name}` does", file=sys.stderr)
                 collect(envs.make(name, privileged=True), path)
             Path(lock.name).unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, DatasetError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
         mend = f"make it elsewhere by `python -m data.collect --env {name} --out FILE`, and name it with --dataset FILE"
-        raise DatasetError(f"{path}: cannot be written ({os.strerror(error.errno or 0)}); {mend}") from None
+        raise DatasetError(f"{path}: cannot be written ({os.strerror(cause.errno or 0)}); {mend}") from None
     return path
 
 
 def main(args: Args) -> None:
     if args.transitions is not None and args.transitions < 1:
         raise DatasetError(f"--transitions {args.transitions}: must be positive")
+    if not 0 <= args.seed < 2**32:
+        raise DatasetError(f"--seed {args.seed}: must be at least 0 and below 2^32, of which JAX makes its keys")
     if reference.own(args.env) and args.env not in RECIPES:  # before it is made: what that may ask for would be of no use here
         raise DatasetError(f"{args.env}: this collects no dataset of it; {_mend(args.env)}")
     env = envs.make(args.env, privileged=True)
@@ -297,6 +302,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        with reference.reported():
+            main(tyro.cli(Args))
     except (DatasetError, envs.UnknownName) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -25,7 +25,6 @@ import secrets
 import shutil
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,8 +118,10 @@ def _npz(path: Path) -> Source:
                 raise ValueError("it holds one array without a name")
             with file:
                 yield file
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
-            error(path, f"not readable as a NumPy archive ({e})", mend)
+        except DatasetError:
+            raise
+        except Exception as e:  # damage can raise any, of zipfile, zlib and the reader of NumPy's headers
+            error(path, f"not readable as a NumPy archive ({type(e).__name__}: {e})", mend)
 
     with opened() as file:
         names = list(file.files)
@@ -147,10 +148,13 @@ def _csv(path: Path) -> Source:
         return float({"true": 1, "false": 0}.get(text.strip().lower(), text))
 
     def read(wanted):
-        with open(path, newline="", encoding="utf-8-sig") as file:  # loadtxt takes a row that is too long, and shifts it
-            for row in (rows := csv.reader(file)):
-                if row and len(row) != len(names):
-                    error(path, f"line {rows.line_num} has {len(row)} cells, the first {len(names)}", mend)
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:  # loadtxt takes a row that is too long, and shifts it
+                for row in (rows := csv.reader(file)):
+                    if row and len(row) != len(names):
+                        error(path, f"line {rows.line_num} has {len(row)} cells, the first {len(names)}", mend)
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            error(path, f"not readable as CSV ({e})", mend)
         columns = [names.index(name) for name in wanted]
         words = {i: truth for i in columns if i < len(first) and first[i].strip().lower() in ("true", "false")}
         try:
@@ -486,8 +490,8 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be positive")
+    if not 0 < number < 2**31:
+        raise argparse.ArgumentTypeError("must be positive, and below 2^31")
     return number
 
 
@@ -528,7 +532,8 @@ def environment(name: str, horizon: int | None) -> Any:
 def command(main: Callable[[], None]) -> None:
     """Runs `main`; bad input is one line on standard error and exit code 2."""
     try:
-        main()
+        with reference.reported():
+            main()
     except (DatasetError, envs.UnknownName) as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
 

@@ -20,7 +20,6 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ import h5py
 import numpy as np
 
 import envs
+from envs import files
 
 # Rounding left over from rescaling is tolerated. More is refused rather than clipped here: it is another action space,
 # or an unsquashed policy's raw actions, as in some published BulletSafetyGym files (liuzuxin/DSRL issue 5).
@@ -99,7 +99,8 @@ def h5py_errors(path: Path) -> Iterator[None]:
         raise _error(path, "permission denied", "make the file readable for this user") from error
     except _H5PY_ERRORS as error:
         wrong = f"not readable as HDF5 ({type(error).__name__}: {str(error)[:200]})"
-        raise _error(path, wrong, "the file is truncated, damaged or of another format: download it again") from error
+        mend = f"the file is truncated or damaged: download it again, or of another format: convert it {CONVERT}"
+        raise _error(path, wrong, mend) from error
 
 
 def plain(value: Any) -> Any:
@@ -123,6 +124,7 @@ def _stored(value: Any) -> Any:
     return np.array(text, h5py.string_dtype("utf-8", max(1, len(text))))
 
 
+CONVERT = "by `python -m data.convert FILE OUT.hdf5`"
 Layout = Mapping[str, tuple[tuple[int, ...] | None, np.dtype]]
 
 
@@ -131,7 +133,7 @@ def _check_layout(path: str | os.PathLike, layout: Layout) -> None:
     wanted = Dataset._fields if any(key in layout for key in _OPTIONAL) else _REQUIRED
     missing = [key for key in wanted if key not in layout]
     if missing:
-        raise _error(path, f"missing {', '.join(missing)}", "add them as top-level arrays, or use a DSRL file")
+        raise _error(path, f"missing {', '.join(missing)}", f"add them as top-level arrays, or convert another format {CONVERT}")
     for key, (shape, dtype) in layout.items():
         matrix = key in MATRICES
         if dtype.kind not in _KINDS[key]:
@@ -222,16 +224,12 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...] = (".hdf5", 
     Nothing is left behind, and no folder made.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise _error(path, "is a folder", f"name a file in it, {path / f'NAME{suffixes[0]}'}")
-        if path.suffix.lower() not in suffixes:
-            raise _error(path, f"its suffix is {path.suffix!r}", f"name a file that ends in {' or '.join(suffixes)}")
-        # Access rights do not tell: root has them everywhere, /proc and read-only mounts included.
-        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
-            pass
-    except OSError as error:
-        raise _error(path, f"cannot be written ({os.strerror(error.errno or 0)})", "name a file in a folder that can be") from None
+    if path.is_dir():
+        raise _error(path, "is a folder", f"name a file in it, {path / f'NAME{suffixes[0]}'}")
+    if path.suffix.lower() not in suffixes:
+        raise _error(path, f"its suffix is {path.suffix!r}", f"name a file that ends in {' or '.join(suffixes)}")
+    if obstacle := files.obstacle(path):
+        raise _error(path, f"cannot be written ({obstacle})", "name a file in a folder that can be")
 
 
 def load(
@@ -259,6 +257,8 @@ def load(
         inf; flags other than 0/1; negative costs; actions beyond [-1, 1]; another task's sizes or `env`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise _error(path, "is a folder", f"name an HDF5 file, or convert a Minari dataset {CONVERT}")
     if not path.is_file():
         raise _error(path, f"no file at {path.absolute()}", "download it from DSRL, collect it, or correct the path")
     # locking=False: published files sit on read-only and network mounts, and `save` replaces files whole.
@@ -290,16 +290,17 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
         and `sha256`, which `load` adds, are left out: a file cannot hold its own hash.
 
     Raises:
-      DatasetError: the dataset would not load again; nothing is written.
+      DatasetError: the dataset would not load again, or the disk is full; nothing is written.
     """
     path = Path(path)
     arrays = {key: np.asarray(value) for key, value in dataset._asdict().items() if value is not None}
     dataset = check(path, arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same folder: os.replace stays on one file system
     try:
-        # v110 (any HDF5 since 2016 reads it) checksums the metadata, as gzip does the data: damage is refused.
-        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # v110 (any HDF5 since 2016 reads it) checksums the metadata, as gzip does the data: damage is refused. The file is made in memory,
+        # because h5py on a full disk ends the process.
+        with h5py.File(part, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
             for key in arrays:
                 value = getattr(dataset, key)
                 rows = max(1, CHUNK_BYTES // value[0].nbytes)
@@ -307,7 +308,12 @@ def save(path: str | os.PathLike, dataset: Dataset, attrs: Mapping[str, Any]) ->
                 file.create_dataset(key, data=value, chunks=chunks, compression="gzip", shuffle=True, track_times=False)
             for key in sorted(attrs.keys() - {"path", "sha256"}):  # sorted: the order shows in the bytes
                 file.attrs[key] = _stored(attrs[key])
+            file.flush()
+            image = file.id.get_file_image()
+        part.write_bytes(image)
         os.replace(part, path)
+    except OSError as error:
+        raise _error(path, f"cannot be written ({os.strerror(error.errno or 0)})", "free some space, or name another place") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs import reference
+from envs import files, reference
 from envs.circle import Circle
 from envs.core import Env, Readings, Task
 from envs.reference.pool import WorkerError
@@ -48,17 +48,20 @@ class RenderError(ValueError):
 
 
 def suffixed(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
-    """The path; RenderError unless it ends in one of these."""
+    """The path; RenderError unless it ends in one of these and can be written."""
     path = Path(path)
     if path.suffix not in suffixes:
         raise RenderError(f"{path}: its suffix is {path.suffix!r}; name a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.is_dir() or (obstacle := files.obstacle(path)):
+        wrong = "is a folder" if path.is_dir() else f"cannot be written ({obstacle})"
+        raise RenderError(f"{path}: {wrong}; name a file in a folder that can be")
     return path
 
 
 def check_native(env: Any) -> None:
     """RenderError if the environment is not one of this package's own tasks."""
     if not hasattr(env, "physics"):
-        film = ", though --video can film it" if reference.own(env.name) else ""
+        film = ", though a video of it can be made (.mp4, .gif)" if reference.own(env.name) else ""
         raise RenderError(f"no pictures of {env.name} on the backend {env.backend}: only of native tasks (envs.TASKS){film}")
 
 
@@ -430,6 +433,7 @@ if __name__ == "__main__":
     import envs
 
     try:
-        main()
+        with reference.reported():
+            main()
     except (RenderError, envs.UnknownName) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,5 +1,6 @@
 """data/dsrl.py: what it reads, what it refuses (and how it says so), and that damage never gets past it."""
 
+import errno
 import json
 import os
 import time
@@ -201,7 +202,7 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused_without_alloca
 
 def test_files_that_are_not_hdf5_are_refused(tmp_path):
     refused(tmp_path / "none.hdf5", f"no file at {tmp_path / 'none.hdf5'}", "download it from DSRL")
-    refused(tmp_path, "no file at", "correct the path")
+    refused(tmp_path, "is a folder", "name an HDF5 file, or convert a Minari dataset")
     for name, content in {"empty": b"", "text": b"<html>404</html>", "signature": b"\x89HDF\r\n\x1a\n"}.items():
         path = tmp_path / f"{name}.hdf5"
         path.write_bytes(content)
@@ -344,6 +345,21 @@ def test_save_leaves_the_old_file_and_no_other_when_it_fails(tmp_path):
     before = dsrl.sha256(path)
     with pytest.raises(TypeError):
         dsrl.save(path, dsrl.Dataset(**arrays()), {"config": {"function": print}})
+    assert dsrl.sha256(path) == before and os.listdir(tmp_path) == ["a.hdf5"]
+
+
+def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.hdf5"
+    dsrl.save(path, dsrl.Dataset(**arrays()), {})
+    before = dsrl.sha256(path)
+
+    def full(self, data):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(dsrl.DatasetError, match=f"^{path}: cannot be written .No space left on device.; free some space"):
+        dsrl.save(path, dsrl.Dataset(**arrays()), {"new": 1})
     assert dsrl.sha256(path) == before and os.listdir(tmp_path) == ["a.hdf5"]
 
 

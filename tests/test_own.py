@@ -16,7 +16,7 @@ import pytest
 import envs
 from algos import logbook, training
 from data import collect, convert, dsrl, inspect
-from envs import render
+from envs import reference, render
 from envs.reference.pool import WorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,6 +324,24 @@ def test_a_failure_in_the_middle_leaves_the_pool_whole(tmp_path, monkeypatch):
     np.testing.assert_array_equal(pool.step(*arguments([[0.1 * i, 0.5] for i in range(4)]))[1][:, 0], np.float32([0, 0.1, 0.2, 0.3]))
 
 
+def test_a_failure_in_a_later_call_is_one_line_too(tmp_path, monkeypatch, capsys):
+    """A program's first call raises another error than its later ones, in place of the step's own."""
+    monkeypatch.chdir(tmp_path)
+    reference.failures.clear()
+    env = envs.make(write(tmp_path, STEP + 'np.float32(action), 1 / int(action[0] != 0.25), False, False, {"cost": 0}', limit=50))
+    state, _ = env.reset(jax.random.split(jax.random.key(0), 2))
+    step = jax.jit(env.step)
+    for action in (0.5, 0.5):
+        state, _ = jax.block_until_ready(step(state, jnp.full((2, 2), action)))
+    with pytest.raises(SystemExit, match="1"), reference.reported():
+        jax.block_until_ready(step(state, jnp.full((2, 2), 0.25)))
+    said = capsys.readouterr().err
+    assert said.startswith("error: plain:Plain-v0: a simulator failed: ZeroDivisionError") and len(said.splitlines()) == 1
+    with pytest.raises(ValueError, match="mine"), reference.reported():
+        reference.failures.clear()
+        raise ValueError("mine")
+
+
 # Pictures
 
 
@@ -338,10 +356,10 @@ def test_it_is_filmed_by_its_own_render(point, tmp_path, monkeypatch):
     white = pictures[:, 5, 60]  # always outside the strip, far from the point
     red = white[:, 0].astype(int) - white[:, 1] > 50
     assert 5 < red.sum() < 45, "steps with cost are not told apart"
-    with pytest.raises(render.RenderError, match="only of native tasks.*--video can film it"):
+    with pytest.raises(render.RenderError, match="only of native tasks.*though a video of it can be made"):
         render.check(point[0], tmp_path / "a.png", None)
     render.check(point[0], None, tmp_path / "a.gif")
-    with pytest.raises(render.RenderError, match="--video can film it"):
+    with pytest.raises(render.RenderError, match="a video of it can be made"):
         render.trajectory(point[0], fast, jax.random.key(0), tmp_path / "a.png")
 
 

@@ -6,9 +6,26 @@ A colon asks for an environment registered with gymnasium: `module:id` by a modu
 """
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
 
 BACKEND, BULLET, GYMNASIUM = "safety-gymnasium", "bullet/", "gymnasium"
-failures: list[Exception] = []  # of steps: where JAX runs them, it raises an error of its own in their place
+failures: list[Exception] = []  # of steps: where JAX runs them, it raises an error of its own in their place, `RAISED`
+RAISED = jax.errors.JaxRuntimeError, ValueError  # the first from a program's first call, the second from later ones
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around a command: a simulator that fails in it is one line on standard error and exit code 1."""
+    try:
+        yield
+    except RAISED:
+        if not failures:
+            raise
+        sys.exit(print(f"error: {failures[0]}", file=sys.stderr) or 1)
 
 
 def own(name: str) -> bool:
