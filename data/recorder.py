@@ -14,6 +14,7 @@ Works with gymnasium 0.29 and 1.x.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gymnasium.error import ResetNeeded
 
 import envs
 from data import dsrl
+from envs.gym import GymEnv
 
 
 class Recorder(gymnasium.Wrapper):
@@ -73,11 +75,14 @@ class Recorder(gymnasium.Wrapper):
         dsrl.check_output(path)
         self.path = Path(path)
         self._low, self._high, self._size = low, high, int(np.prod(self.observation_space.shape))
-        self._kept = self._size - getattr(env.unwrapped, "memory_size", 0)  # columns of an observation that the file gets
+        ours, shape = env.unwrapped, self.observation_space.shape
+        remembered = ours.memory_size if isinstance(ours, GymEnv) and ours.observation_space.shape == shape else 0
+        self._kept = self._size - remembered  # columns of an observation that the file gets
         self._episodes: list[dict[str, np.ndarray]] = []  # whole ones
         self._steps: list[tuple] = []  # of the running one
         self._obs: np.ndarray | None = None  # to act on; None: no episode is running
         self._saved = 0  # episodes in the file
+        self._acted = False
 
     def reset(self, **kwargs):
         self._steps, self._obs = [], None
@@ -96,6 +101,7 @@ class Recorder(gymnasium.Wrapper):
             raise ValueError(f"an action with NaN: {' '.join(str(action).split()):.60}; mend the policy")
         before, self._obs = self._obs, None  # until the step is in: an episode that lacks one cannot go on
         acted = np.clip(action.astype(space.dtype), space.low, space.high)
+        self._acted = True
         out = self.env.step(acted)
         if len(out) == 6:
             obs, reward, cost, terminated, truncated, _ = out
@@ -126,20 +132,25 @@ class Recorder(gymnasium.Wrapper):
           DatasetError: no episode has ended.
         """
         if not self._episodes:
-            limit = "wrap the environment with gymnasium.wrappers.TimeLimit if it does not end by itself"
-            raise dsrl.DatasetError(f"{self.path}: no episode has ended, and only whole ones are kept; {limit}")
+            raise dsrl.DatasetError(self._none())
         arrays = {key: np.concatenate([episode[key] for episode in self._episodes]) for key in self._episodes[0]}
         dsrl.save(self.path, dsrl.Dataset(**arrays), self._about())
         self._saved = len(self._episodes)
         return self.path
 
     def close(self) -> None:
-        """Saves the whole episodes that are not saved yet, and closes the environment."""
+        """Saves the whole episodes that are not saved yet, and closes the environment. Warns if there were steps, but no whole episode."""
         try:
             if len(self._episodes) > self._saved:
                 self.save()
+            elif self._acted and not self._episodes:
+                print(f"warning: {self._none()}", file=sys.stderr)
         finally:
             super().close()
+
+    def _none(self) -> str:
+        limit = "give the Recorder an environment that ends: Recorder(TimeLimit(env, STEPS), path), TimeLimit of gymnasium.wrappers"
+        return f"{self.path}: no episode has ended, and only whole ones are kept; {limit}"
 
     def _checked(self, what: str, value: Any, size: int = 1, low: float = -np.inf) -> np.ndarray:
         """`value` as (size,) float32; a DatasetError unless it is so many finite numbers, each at least `low`."""
@@ -160,7 +171,7 @@ class Recorder(gymnasium.Wrapper):
         about: dict[str, Any] = {"action_low": self._low.tolist(), "action_high": self._high.tolist()}
         spec = self.env.spec
         if spec is not None:
-            about["env"] = envs.recorded(spec.id)
+            about["env"] = envs.recorded(spec.kwargs["name"] if isinstance(self.env.unwrapped, GymEnv) else spec.id)
             if spec.max_episode_steps:
                 about["horizon"] = spec.max_episode_steps
         return about

@@ -41,11 +41,16 @@ def _checked(action, space: spaces.Box) -> np.ndarray:
 
 def _spec(env, name: str, **arguments) -> EnvSpec:
     arguments = {"name": name, **arguments}
-    return EnvSpec(name, entry_point=GymEnv, max_episode_steps=env.horizon, kwargs=arguments)  # type: ignore[arg-type]
+    id = name.replace(".", "_")  # gymnasium's pattern has no dots, as those in the name of a module
+    return EnvSpec(id, entry_point="envs.gym:GymEnv", max_episode_steps=env.horizon, kwargs=arguments)
 
 
 class GymEnv(gymnasium.Env):
-    """One environment. Observations and actions are float32, info is {"cost": float}; episodes are cut off after the task's T."""
+    """One environment. Observations and actions are float32, info is {"cost": float}; episodes are cut off after the task's T.
+
+    Several at once are `envs.gym_make(NAME, num_envs=N)`. Gymnasium's AsyncVectorEnv needs context="spawn", as JAX does not survive a
+    fork. `close` leaves the simulators of a real package running, for the next environment of that name.
+    """
 
     metadata = {"render_modes": []}
 

@@ -8,6 +8,7 @@ import jax
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.passive_env_checker import env_reset_passive_checker
 
@@ -129,6 +130,12 @@ def test_our_copies_of_gymnasiums_robots_are_the_installed_ones(task):
     for name in ("timestep", "integrator", "gravity", "density", "viscosity"):
         np.testing.assert_array_equal(getattr(ours.opt, name), getattr(theirs.opt, name), err_msg=name)
     assert len(names) > 100
+
+
+def test_the_spec_makes_it_again():
+    """Minari and others keep an environment as its spec's JSON."""
+    spec = EnvSpec.from_json(envs.gym_make("SafetyPointRun", memory=True).spec.to_json())
+    assert spec.id == "SafetyPointRun" and gymnasium.make(spec).observation_space.shape == (13,)
 
 
 def test_misuse_is_refused():
