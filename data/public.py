@@ -14,6 +14,7 @@ it as FILE.sha256, which every later use is compared with. The package huggingfa
 compare what has arrived with its SHA-256 (its issues 2364 and 3643), so the download stands here.
 """
 
+import argparse
 import fcntl
 import http.client
 import os
@@ -378,8 +379,11 @@ def _differences(entry: Published, dataset: Dataset) -> list[str]:
     return [f"{what} {here:.8g}, not {there:.8g}" for what, (here, there) in odd.items()]
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Lists the published files, or downloads and checks those named."""
+    parser = argparse.ArgumentParser(prog="python -m data.public", description=main.__doc__)
+    parser.add_argument("names", metavar="NAME", nargs="*", help="published files, as listed without arguments")
+    names = parser.parse_args(words).names
     if not names:
         print(f"{'file':50} {'environment here':28} {'T':>5} {'returns':>18} {'cost':>6}  in {folder()}")
         for e in TABLE:
@@ -398,6 +402,6 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except DatasetError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

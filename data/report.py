@@ -46,7 +46,8 @@ def scatter(env: str, found: dsrl.Episodes, cost_limit: float, path: Path) -> No
     if not whole.all():
         axis.scatter(found.costs[~whole], found.returns[~whole], s=9, color="0.6", label="unfinished")
     axis.axvline(cost_limit, color="0.4", lw=1, ls="--", label=f"limit {cost_limit:g}")
-    axis.set(xlabel="episode cost", ylabel="episode return", title=env)
+    axis.set(xlabel="episode cost", ylabel="episode return")
+    axis.set_title(env, parse_math=False)
     axis.legend(fontsize=8)
     figure.tight_layout()
     part = path.with_name(f".{path.name}.part")

@@ -68,6 +68,8 @@ def speed(env: envs.Env, n: int, seconds: float = 2.0) -> float:
 
 def show_speed(name: str, seeds: int) -> None:
     """A line per backend and number of environments: what Marvel collects with, and a large batch."""
+    if reference.wanted(name, None, {task.reference_id for task in envs.TASKS.values()}):
+        raise envs.UnknownName(f"{name} has one backend, its own package: name a native task, {', '.join(envs.TASKS)}")
     name = envs.resolve(name)
     print(f"{name}, environment steps/s on {jax.devices()[0].device_kind}")
     for backend in available():

@@ -45,8 +45,8 @@ class ReferenceEnv:
         self.horizon, self.obs_size, self.action_size = (pool.about[k] for k in ("horizon", "obs_size", "action_size"))
         self.horizon = horizon or self.horizon
         self.frame_rate: float = pool.about["frame_rate"]  # pictures per second, one a step
-        # Goal, Button and Push reward the metres moved towards the goal, 0.03 a step at best; Run sixty times these.
-        scales = {BULLET: 0.1, "Goal": 5.0, "Button": 5.0, "Push": 5.0, "Circle": 1.0}
+        # Goal (Fading too), Button and Push reward the metres moved towards the goal, 0.03 a step at best; Run sixty times these.
+        scales = {BULLET: 0.1, "Goal": 5.0, "Fading": 5.0, "Button": 5.0, "Push": 5.0, "Circle": 1.0}
         known = next((scale for part, scale in scales.items() if part in name and not own(name)), envs.Task.reward_scale)
         self.reward_scale = envs.TASKS[name].reward_scale if name in envs.TASKS else known
         self.action_high = np.ones(self.action_size, np.float32)
@@ -180,6 +180,6 @@ def _check_known(name: str, wanted: str, package: str, pool: Pool) -> None:
         pool.close()
         id = wanted.rpartition(":")[2]
         near = difflib.get_close_matches(id, [known.rpartition(":")[2] for known in pool.about], n=3, cutoff=0.0)
-        nearest = ", ".join(wanted.removesuffix(id) + known for known in near)
+        nearest = ", ".join(BULLET * (package == "bullet") + wanted.removesuffix(id) + known for known in near)
         hint = ". What a module registers is named module:id" if wanted.startswith("gym:") else ""
         raise envs.UnknownName(f"unknown environment {name!r} of {package}. Its nearest: {nearest}{hint}")
