@@ -17,7 +17,8 @@ does not reach it, an error of the critic does. E_batch Qc is of replayed action
 lagrangian.py has no effect here, but for d' = (1 - reserve) d. The column `multiplier` is w.
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
-outweighs lambda / reward_scale of raw reward. CAL's numbers for lambda and kappa are multiplied by reward_scale likewise.
+outweighs lambda / reward_scale of raw reward. --init-multiplier and --rectification are per raw reward, as CAL's, and multiplied by
+reward_scale.
 
 Deviations, P from the paper, R from its code. Offline those of cpq.py. Online those of marvel.py that are about phase 3, with the
 same switches, the multiplier excepted; and
@@ -30,6 +31,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +43,6 @@ from algos import cpq, finetuning, logbook, training
 from algos.finetuning import FinetuneArgs
 from algos.networks import Networks, kl_divergence, sample_action
 from algos.training import Learner, Run, apply_gradient, update_targets
-from envs import TASKS
 from envs.rollout import Batch
 
 
@@ -51,29 +52,25 @@ class Args(FinetuneArgs):
 
     cost_critics: int = 4
     """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4)"""
-    init_multiplier: float = 0.07
-    """lambda at the start (CAL: 0.69 per raw reward)"""
+    lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
+    """no effect here, nor has any argument of this controller, kp to integral_fall: CAL's multiplier is its own"""
+    init_multiplier: float = 0.7
+    """lambda at the start, raw reward per unit of cost (CAL: 0.69)"""
     multiplier_lr: float = 3e-4
     """Adam step size of log lambda (CAL: 3e-4)"""
-    rectification: float = 1.0
-    """kappa, scaled reward per squared unit of cost (CAL: 10 per raw reward); 0: lambda alone"""
+    rectification: float = 10.0
+    """kappa, raw reward per squared unit of cost (CAL: 10); 0: lambda alone"""
 
 
-def _scaled(reward_scale: float) -> dict:
-    """What of Args is in scaled rewards, and there for a reward_scale of 0.1."""
-    return {name: round(getattr(Args, name) * reward_scale / 0.1, 6) for name in ("init_multiplier", "rectification")}
-
-
-SUITE = finetuning.SUITE | {task.name: _scaled(task.reward_scale) for task in TASKS.values() if task.reward_scale != 0.1}
 # The others' release starts from lambda = 0, which log lambda cannot.
-PRESETS = {"suite": SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(init_multiplier=Args.init_multiplier)}}
+PRESETS = finetuning.PRESETS | {"release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | dict(init_multiplier=Args.init_multiplier)}}
 
 # ---------------------------------------------------------------- losses
 
 
 def rectified(multiplier, qc, threshold, args):
     """w (): lambda plus kappa times the excess of E Qc () over q_d, at least 0."""
-    return jnp.maximum(0.0, multiplier + args.rectification * (qc - threshold))
+    return jnp.maximum(0.0, multiplier + args.reward_scale * args.rectification * (qc - threshold))
 
 
 def multiplier_loss(log_multiplier, qc, threshold):
@@ -134,7 +131,7 @@ def online_phase(run: Run, params: dict) -> dict:
     """Phase 3: episodes of the policy and gradient steps, in turn."""
     args, networks = run.args, training.make_networks(run.args, run.env)
     start = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"]}
-    start["log_multiplier"] = jnp.full(run.roots.shape, jnp.log(args.init_multiplier))
+    start["log_multiplier"] = jnp.full(run.roots.shape, jnp.log(args.init_multiplier * args.reward_scale))
     threshold, _ = cpq.thresholds((1 - args.reserve) * args.cost_limit, args.gamma, run.env.horizon)
     step = partial(cal_step, threshold=threshold)
     evaluated = finetuning.of_actor(networks, args.eval_policy)

@@ -330,7 +330,7 @@ def test_cost_critics_of_an_ensemble_follow_their_own_targets():
 
 def test_rectified_multiplier_and_its_ascent():
     """kappa 2, q_d 3: far below the threshold the constraint does not act; above it weighs more than lambda."""
-    args = cal.Args(rectification=2.0)
+    args = cal.Args(rectification=20.0, reward_scale=0.1)
     found = [float(cal.rectified(0.5, qc, 3.0, args)) for qc in (1.0, 2.9, 3.0, 4.0)]
     assert found == pytest.approx([0.0, 0.3, 0.5, 2.5])
     slope = jax.grad(cal.multiplier_loss)

@@ -204,7 +204,7 @@ best = lambda multiplier: np.asarray(X) / (2 * multiplier)  # 0.24, 0.49
 COMMON = dict(
     cost_limit=LIMIT, reserve=0.0, hidden=(32, 32), vae_hidden=(16,), reward_scale=1.0, tau=0.05, batch_size=64, episodes_per_iter=64,
     updates_per_iter=4, updates_per_block=4, lagrangian="apid", kp=0.5, ki=0.05, kd=0.1, max_multiplier=10.0, entropy_weight=ENTROPY,
-    anchor_weight=0.0, actor_warmup=0, init_temperature=ENTROPY,
+    anchor_weight=0.0, actor_warmup=0, init_temperature=ENTROPY, rectification=1.0,
 )  # fmt: skip
 RATES = {"actor": 3e-3, "critics": 2e-2, "vae": 3e-3, "log_duals": 1e-2, "log_multiplier": 1e-2}
 
