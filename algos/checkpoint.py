@@ -10,6 +10,9 @@ named by its path in the tree of parameters; the last layer's index depends on t
     critics/reward/params/VmapCritic_0/...  Dense_0 to Dense_2 of all reward critics, stacked: (critics, inputs, width), (critics, width)
     critics/cost/params/VmapCritic_0/...    the same of the cost critics; inputs: observation, then what only critics see, then action
     multiplier                              () lambda, in files of finetuners
+
+A policy sees sign(x) log(1 + |x|) of each observation x, or x if its `meta` says so (config, symlog: false). Its action is tanh(u), where u
+is Gaussian with the mean and the log standard deviation -5 + 3.5 (1 + tanh(y)); y is the second half of the outputs.
 """
 
 import errno

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import envs
 from algos import bc_safe, bear_lag, checkpoint, cpq, logbook, policy, training
 from algos.lagrangian import LagrangianArgs, Multiplier, init_multiplier, update_multiplier
 from algos.networks import Actor, Networks
@@ -23,6 +24,7 @@ from algos.seeds import vmap_seeds
 from algos.training import CHUNK, EvalArgs, Learner, NetworkArgs, Run, RunArgs, Start
 from data import dsrl
 from data.replay import Replay, empty_replay, insert, sample, sample_recent
+from envs import reference
 from envs.rollout import Batch, Episodes, collect, start_rollout
 
 OFFLINE = {"cpq": cpq, "bear_lag": bear_lag, "bc_safe": bc_safe}
@@ -131,7 +133,7 @@ def prepare(algo: str, args, multiples: dict[str, int] | None = None, dataset: b
     if not args.init:
         args = replace(args, offline=args.offline or "cpq")
         return training.prepare(algo, args, cloned=getattr(OFFLINE[args.offline], "cloned", None))
-    cloned = cpq.cloned if dataset and getattr(args, "vpa_gate", False) else None
+    cloned = partial(cpq.cloned, instead="--no-vpa-gate") if dataset and getattr(args, "vpa_gate", False) else None
     try:
         return training.prepare(algo, args, dataset or args.replay == "mixed" or args.dataset is not None, cloned, start)
     except dsrl.DatasetError as error:
@@ -163,7 +165,7 @@ def start(args, env, seeds: list[int]) -> Start:
     of_seed = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
     found = {path: checkpoint.load(path, foreign=True) for path in dict.fromkeys(of_seed)}
     for path, (arrays, meta) in found.items():
-        check_actor(path, arrays, meta.get("config", {}), args, networks.actor, env.name)
+        check_actor(path, arrays, meta.get("config", {}), args, networks.actor, env)
     reasons = [why_new_critics(arrays, meta.get("config", {}), args, shapes["critics"]) for arrays, meta in found.values()]
     taken = ["actor"] if any(reasons) else ["actor", "critics"]
     trees = {
@@ -174,20 +176,25 @@ def start(args, env, seeds: list[int]) -> Start:
     part = ", its learned policy alone" if policy.expanded(arrays, meta) else ""
     origin = f" ({meta['algo']} on {meta['env']}{part})" if {"algo", "env"} <= meta.keys() else ""
     critics = f"; new critics: {next(filter(None, reasons))}" if any(reasons) else ""
+    seen = "sign(x) log(1 + |x|) of each observation x (else --no-symlog)" if args.symlog else "observations as they are (else --symlog)"
+    unsaid = "" if meta.get("config") else f"; taken to see {seen}, as the file does not say"
     files = [{"path": str(path), "sha256": dsrl.sha256(path)} for path in found]
-    return Start(params, files, f"start from the {' and the '.join(taken)} of {pattern}{origin}{critics}")
+    return Start(params, files, f"start from the {' and the '.join(taken)} of {pattern}{origin}{critics}{unsaid}")
 
 
-def check_actor(path: Path, arrays: checkpoint.Arrays, config: dict, args, actor: Actor, env: str) -> None:
+def check_actor(path: Path, arrays: checkpoint.Arrays, config: dict, args, actor: Actor, env: envs.Env) -> None:
     """BadInput, naming the argument that mends it, unless the actor of `arrays` is of the shape of `actor`."""
     layers = checkpoint.layers(arrays, "actor/params/", str(path))
     hidden, sizes = tuple(len(bias) for _, bias in layers[:-1]), (layers[0][0].shape[-2], layers[-1][1].shape[-1] / 2)
     if sizes != (actor.obs_size, actor.action_size):
         if config and config.get("odometer", False) != args.odometer:
-            raise logbook.BadInput(f"--init {path}: its policy was trained with {switch('odometer', not args.odometer)}: add that")
+            add = "leave --backend out" if args.backend == reference.BACKEND else "add that"
+            raise logbook.BadInput(f"--init {path}: its policy was trained with {switch('odometer', not args.odometer)}: {add}")
+        if not config and env.memory_size and sizes == (actor.obs_size - env.memory_size, actor.action_size):
+            raise logbook.BadInput(f"--init {path}: its policy does not see the odometer: add --no-odometer")
         takes = f"takes {sizes[0]} numbers and gives {sizes[1]:g}"
         raise logbook.BadInput(
-            f"--init {path}: its policy {takes}, {env} has {actor.obs_size} and {actor.action_size}: name one of this task"
+            f"--init {path}: its policy {takes}, {env.name} has {actor.obs_size} and {actor.action_size}: name one of this task"
         )
     if hidden != actor.hidden:
         words = lambda widths: " ".join(map(str, widths))

@@ -19,7 +19,7 @@ from data import collect
 from tests import probes
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = SimpleNamespace(name="SafetyPointRun", obs_size=5, action_size=2, privileged_size=0, horizon=10)
+ENV = SimpleNamespace(name="SafetyPointRun", obs_size=5, action_size=2, privileged_size=0, memory_size=0, horizon=10)
 SMALL = dict(env=ENV.name, hidden=(16, 8), vae_hidden=(8,), reward_scale=0.1)
 
 
@@ -269,6 +269,7 @@ def test_actor_and_critics_are_taken(tmp_path):
         start.params.keys() == {"actor", "critics"}
         and "the actor and the critics" in start.said
         and "naive_o2o on SafetyPointRun" in start.said
+        and "taken to see" not in start.said
     )
     for row in (0, 1):
         same(start.params["actor"], path, "actor", row), same(start.params["critics"], path, "critics", row)
@@ -298,7 +299,11 @@ def test_a_plain_file_of_somebody_else(tmp_path):
     safetensors.numpy.save_file(plain, tmp_path / "plain.safetensors")
     start = started(init=tmp_path / "plain.safetensors")
     assert start.params.keys() == {"actor"} and "new critics: it holds none" in start.said
+    assert "taken to see sign(x) log(1 + |x|) of each observation x (else --no-symlog)" in start.said
     same(start.params["actor"], tmp_path / "c.safetensors", "actor")
+    env = SimpleNamespace(**vars(ENV) | {"obs_size": 6, "memory_size": 1})
+    with pytest.raises(logbook.BadInput, match="does not see the odometer: add --no-odometer"):
+        started(init=tmp_path / "plain.safetensors", env=env)
 
 
 NEW_CRITICS = {
