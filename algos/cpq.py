@@ -23,7 +23,8 @@ Deviations, P from the paper, R from the reference code (OSRL), and the value of
  5 (P, R) Qc' is clipped to what costs can add up to (--no-clip-cost-target).
    Without 3 to 5 the penalty lifts Qc past q_thres everywhere; 1[Qc <= q_thres] is then 0 and nothing is learned.
  6 (P, R) The actor also clones the best safe trajectories (--cloning-weight 0: no), for the same reason: the gate opens only around
-   a policy that is nearly safe. Q is divided by its mean size, so that the weight has the same meaning on every task.
+   a policy that is nearly safe. Q is divided by its mean size, so that the weight has the same meaning on every task (without cloning,
+   too: the size of a loss hardly changes Adam's steps).
  7 (P, R) symlog observations and LayerNorm critics (--no-symlog, --no-layer-norm), smaller networks (--hidden 256 256
    --vae-hidden 400 400), faster targets (--tau 0.005), fewer and smaller steps (--offline-steps 100000 --offline-batch-size 512).
  8 (P, R) The actor's step size is larger and falls to zero (--offline-actor-lr 1e-4 --offline-actor-schedule constant).
@@ -32,9 +33,12 @@ Deviations, P from the paper, R from the reference code (OSRL), and the value of
 11 (P, R) The gate lets through 90% of what the cloned trajectories do, which kept the limit (--gate-quantile 0). On HalfCheetah and
    AntRun Qc is above q_thres everywhere; the gate was shut, and Q was the reward of one step.
 12 (P, R) On the Run tasks all networks see an odometer: how far the robot has gone sideways, summed up from its own velocimeter and
-   magnetometer (envs/run.py; --no-odometer). Without it, no policy can tell the corridor's middle from its wall.
+   magnetometer (envs/run.py; --no-odometer). Without it, a policy does not know how far the wall is.
 13 (R) Rewards are multiplied by the task's own factor, on Circle 1 and on Swimmer 5, elsewhere R's 0.1 (--reward-scale 0.1).
-Time-outs never stop the bootstrap, terminal states do. This repairs the reference code and has no switch.
+14 (R) One cost critic, as in Marvel's release. OSRL has two, and takes the smaller value everywhere.
+15 (R) log sigma is a smooth function within [-5, 2] (R: cut off at -20 and 2).
+Time-outs never stop the bootstrap, terminal states do, for both critics. This repairs the reference code, in which time-outs stop Q and
+nothing stops Qc, and has no switch.
 """
 
 import math
@@ -96,7 +100,7 @@ class Args(EvalArgs, CPQArgs, NetworkArgs, RunArgs):
 
 SUITE: dict[str, dict] = {  # per task, where the defaults do not do
     "SafetyAntRun": dict(cloning_weight=10.0, offline_actor_lr=3e-3, termination_cost=100.0, final_eval_rounds=10),
-    "SafetyCarRun": dict(cloning_quantile=0.25),  # offline cost 114; cloned from the fastest quarter: 285
+    "SafetyCarRun": dict(cloning_quantile=0.25),  # the fastest quarter of the safe trajectories costs more, cloned, than three quarters
 }
 RELEASE = dict(  # OSRL's, from which Marvel's release starts
     hidden=(256, 256), vae_hidden=(400, 400), symlog=False, odometer=False, layer_norm=False, privileged_critic=False,
@@ -238,12 +242,12 @@ def make_optimizers(args: CPQArgs) -> dict:
     return {name: optax.adam(rate) for name, rate in rates.items()}
 
 
-def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
-    """(N,) bool: the best safe trajectories; all where cloning is off and none is safe. BadInput if there is nothing to clone."""
+def cloned(dataset: dsrl.Dataset, args, path, instead: str = "--cloning-weight 0") -> np.ndarray:
+    """(N,) bool: the best safe trajectories; all where cloning is off and none is safe. BadInput, naming `instead`, if there are none."""
     safe = dsrl.in_safe_trajectories(dataset, args.cost_limit, args.cloning_quantile)
     if not safe.any() and args.cloning_weight:
         raise logbook.BadInput(
-            f"{path}: no trajectory with cost <= {args.cost_limit:g} to clone: raise --cost-limit, or --cloning-weight 0 for none"
+            f"{path}: no trajectory with cost <= {args.cost_limit:g}, which cloning and the gate take: raise --cost-limit, or {instead}"
         )
     return safe if safe.any() else np.ones_like(safe)
 

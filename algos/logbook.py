@@ -26,6 +26,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -65,7 +66,7 @@ RESUME = "resume.safetensors"
 ZERO_ALLOWED = set(  # numbers for which 0 means something: a limit of none, a part left out
     "cost_limit vpa_steps vpa_alpha_reward vpa_alpha_cost cloning_weight cloning_quantile entropy_weight anchor_weight anchor_floor "
     "actor_warmup reserve kp ki kd integral_fall gain_rates rank_points termination_cost checkpoint_seconds ood_states ood_quantile "
-    "gate_quantile cost_pessimism rectification init_multiplier noise tolerance".split()
+    "gate_quantile cost_pessimism rectification init_multiplier noise tolerance entropy_per_action".split()
 )
 INFINITE_ALLOWED = {"cost_limit", "cost_clip", "max_multiplier", "checkpoint_seconds"}
 AT_MOST_ONE = set("tau ood_fraction ood_quantile gate_quantile cloning_quantile minimum_weight frontier anchor_floor handover".split())
@@ -185,7 +186,7 @@ def check_numbers(args, multiples: dict[str, int] | None = None) -> None:
                 raise BadInput(f"{flag} {x}: must not be negative or NaN")
             if isinstance(x, int) and x >= 2**31:
                 raise BadInput(f"{flag} {x}: must be below 2147483648")
-            if x == float("inf") and field.name not in INFINITE_ALLOWED:
+            if math.isinf(x) and field.name not in INFINITE_ALLOWED:
                 raise BadInput(f"{flag} {x}: must be finite")
             if x == 0 and field.name not in ZERO_ALLOWED and default not in (0, 0.0):
                 raise BadInput(f"{flag} {x}: must be positive")

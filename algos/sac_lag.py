@@ -18,7 +18,7 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: (1) symlog observations and LayerNorm critics; (2) the multiplier moves once per batch of newly ended episodes,
 never twice on the same costs; (3) the critics, never the policy, see what the cost depends on but the observation lacks
-(Run's x): without it the one-step targets of Qc say nothing of where a heading leads, and PointRun does not become safe; (4)
+(Run's x): without it the one-step targets of Qc say nothing of where a heading leads; (4)
 --termination-cost charges dying (data collection); (5) lambda rises slowly, by fixed gains: if it exceeds the scaled reward
 of a step of running before the policy has learnt to run, standing still is best, and stays so (PointRun, adaptive gains from
 kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2); (6) it aims at half of the limit (--reserve 0).
@@ -75,7 +75,7 @@ class OnlineArgs:
     episodes_per_iter: int = 5
     """episodes per update of the multiplier (Marvel: 5)"""
     evals: int = 10
-    """evaluations, evenly spaced, the last at the end"""
+    """evaluations, evenly spaced, the last at the end; beside the one before the first step"""
     snapshots: bool = False
     """save the policy at every evaluation (data collection)"""
 
@@ -85,7 +85,7 @@ class Args(EvalArgs, OnlineArgs, LagrangianArgs, NetworkArgs, RunArgs):
     """defaults of its own"""
 
     env: str = "SafetyPointRun"
-    """task: a name of envs.TASKS or a Safety-Gymnasium id"""
+    """task: a name of envs.TASKS, a Safety-Gymnasium id, or module:id, an environment of your own (envs/README.md)"""
     tau: float = 0.005
     """rate of the target critics' moving average"""
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "pid"

@@ -134,7 +134,7 @@ class OfflineArgs:
     offline_actor_schedule: Literal["cosine", "constant"] = "cosine"
     """the actor's step size falls to zero as a cosine, or stays (OSRL: constant)"""
     offline_evals: int = 2
-    """evaluations during phase 1"""
+    """evaluations during phase 1, evenly spaced, the last at the end; beside the one before the first step"""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,8 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
     chosen = None if cloned is None else cloned(loaded, args, about["path"])
-    gated = chosen is not None and bool(getattr(args, "gate_quantile", None)) and np.isfinite(args.cost_limit)
+    gate = getattr(args, "offline", "cpq") == "cpq" or getattr(args, "vpa_gate", False)
+    gated = chosen is not None and gate and bool(getattr(args, "gate_quantile", None)) and np.isfinite(args.cost_limit)
     if gated and (chosen & ~dsrl.in_safe_trajectories(loaded, args.cost_limit)).any():
         args = replace(args, gate_quantile=0.0)  # calibrated on what breaks the limit, the gate would be open
         print("note: some of what is cloned breaks the limit, so the gate stays at q_thres (--gate-quantile 0)", file=sys.stderr)

@@ -504,6 +504,8 @@ def cases():
     yield "sac_lag", "--num-envs 0", ("--num-envs",)
     yield "sac_lag", "--env-steps 10", ("--env-steps",)
     yield "sac_lag", "--actor-lr nan", ("--actor-lr",)
+    yield "sac_lag", "--entropy-per-action -inf", ("--entropy-per-action", "finite")
+    yield "marvel", "--dataset unsafe.hdf5 --init naive.safetensors", ("unsafe.hdf5", "--no-vpa-gate")
     yield "marvel", "--reward-scale 0", ("--reward-scale",)
     yield "bc_safe", "--data some", ("--data", "frontier")
     yield "jsrl", "--stages 0", ("--stages",)
@@ -623,12 +625,13 @@ def test_a_replayed_checkpoint_brings_task_and_limit(tmp_path):
 
 
 def test_cals_numbers_are_per_raw_reward():
+    """Whatever the reward scale, of whichever environment: w / reward_scale is lambda + 10 (E Qc - q_d), per raw reward."""
     parsed = lambda *words: logbook.parse(cal.Args, ["--env", *words], cal.PRESETS)
-    for task, scale in (("SafetyPointRun", 0.1), ("SafetyAntRun", 0.1), ("SafetyPointCircle1", 1.0)):
-        assert envs.TASKS[task].reward_scale == scale
-        args, released = parsed(task), parsed(task, "--preset", "release")
-        assert (args.rectification, args.init_multiplier) == pytest.approx((10 * scale, 0.7 * scale))
-        assert (released.rectification, released.init_multiplier) == (1.0, 0.07) and released.reward_scale == 0.1
+    for words in (["SafetyPointRun"], ["SafetyPointCircle1"], ["SafetyPointGoal1-v0"], ["SafetyPointRun", "--preset", "release"]):
+        assert (parsed(*words).rectification, parsed(*words).init_multiplier) == (10.0, 0.7)
+    for scale in (0.1, 1.0, 5.0):
+        args = cal.Args(reward_scale=scale)
+        assert float(cal.rectified(0.7 * scale, 3.5, 3.0, args)) / scale == pytest.approx(5.7)
     assert parsed("SafetyAntRun").iterations == finetuning.SUITE["SafetyAntRun"]["iterations"]
     assert parsed("SafetyPointCircle1", "--rectification", "0").rectification == 0
 
