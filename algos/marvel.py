@@ -33,8 +33,8 @@ for phase 2's single step size (2) and the bound of the gains (3). Those of phas
  8 (R) The actor's step size falls to zero, so that the last episodes are of a policy at rest (--actor-schedule constant).
  9 (R) The actor's loss takes the online critics (--actor-critics target).
 10 (P, R) symlog observations, LayerNorm critics, hidden layers of 128 (--no-symlog --no-layer-norm --hidden 256 256).
-11 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks (--no-privileged-critic). Without Run's x,
-   Qc cannot tell a heading that leads out of the corridor.
+11 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks (--no-privileged-critic). With Run's x,
+   Qc can tell a heading that leads out of the corridor.
 12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0): an ant that has fallen costs nothing any more, so
    that a large lambda Qc would pay for falling.
 13 (P, R) Evaluations sample the policy, whose cost the multiplier controls (--eval-policy mean).

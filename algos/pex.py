@@ -17,7 +17,9 @@ outweighs lambda / reward_scale of raw reward.
 Deviations: offline those of cpq.py. Online: (1) the choice is by Q - lambda Qc, not by Q (the paper has no costs); (2) h is the
 entropy of the policy that was chosen; (3) evaluations and --eval are of the expanded policy, which needs critics and multiplier;
 --eval-policy mean takes both policies' mean actions, and the better of them; (4) k = 0 by default: the new policy is free;
-(5) where the critics see more than the observation (Run), so does the policy that they choose.
+(5) where the critics see more than the observation (Run), so does the policy that they choose; (6) critics and new policy learn as
+in SAC, where the public code takes IQL's losses; (7) batches are of online data alone, where the public code takes half of each from
+the dataset (--replay mixed); (8) the frozen policy's actions are sampled, where the public code takes their mean.
 """
 
 import sys

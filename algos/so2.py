@@ -1,6 +1,6 @@
 """SO2-Lagrangian: offline CPQ, then online with perturbed target actions and many updates per episode.
 
-Source: SO2 (arXiv 2310.17966), a baseline of Marvel (arXiv 2412.04426): Q-values that offline training left
+Source: SO2 (Zhang et al.; arXiv 2312.07685), a baseline of Marvel (arXiv 2412.04426): Q-values that offline training left
 noisy are smoothed by clipped noise on the target action, and learn faster by more gradient steps per environment step.
 
     equation                                                                                   function
@@ -16,8 +16,9 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the cost critic's target action is perturbed alike, so that a cost just beside the
 policy counts; (2) three times the updates of the other files (on AntRun twice, of half the batch), not the paper's ten per
-environment step, which a CPU cannot afford (--updates-per-iter); (3) two critics, not an ensemble of ten; (4) those of marvel.py
-that are about phase 3, with the same switches.
+environment step, which a CPU cannot afford (--updates-per-iter); (3) two critics, not an ensemble of ten; (4) batches are of online
+data alone, where the public code mixes in the dataset (--replay mixed is nearest); (5) those of marvel.py that are about phase 3,
+with the same switches.
 """
 
 import sys
