@@ -48,11 +48,11 @@ PLAIN = [name for name in ALGOS if "+" not in name]
 CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name and name not in OFFLINE)]
 MULTIPLIERS = ["marvel", "marvel+pid", "marvel+pid10", "marvel+dual"]
 
-# The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of the published one. 500 episodes:
+# The paper's own configuration, all arms from one offline checkpoint, of the suite's offline budget or of OSRL's. 500 episodes:
 # the release has more on HalfCheetah only (5,000).
 BUDGETS = {  # name: (the offline phase, its arguments)
     "release": ("10,000 steps of 256", "--offline-steps 10000 --offline-batch-size 256"),
-    "published": ("100,000 steps of 512, the release's", "--offline-steps 100000 --offline-batch-size 512"),
+    "published": ("100,000 steps of 512, OSRL's", "--offline-steps 100000 --offline-batch-size 512"),
 }
 ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
 BOUNDED = "--multiplier-updates 1 --gain-rule paper --max-multiplier 2"  # the suite's multiplier on the release's gains: a control

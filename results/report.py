@@ -216,7 +216,7 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         return []
     drawn = figures.draw_alignment(tasks, folder / f"alignment{suffix}.png")
     return [
-        "## Does pre-alignment mend the critics?",
+        "## Does pre-alignment improve the critics?",
         "",
         "Spearman rank correlation of Q and Qc with Monte-Carlo returns and costs of the policy, on states of its own and of "
         "random rollouts: before → after pre-alignment (means over seeds); mean change with its 95% interval over seeds.",
