@@ -60,7 +60,7 @@ WHERE = $(if $(RUNS),--runs $(RUNS)) $(if $(ENVS),--envs $(ENVS)) $(if $(ALGOS),
 
 sweep: setup  ## Run what is missing: make sweep ENVS='...' ALGOS='...' SEEDS=5 LIMITS=20 ARGS='...' STUDY=file OPTIONS=--dry-run
 	$(PY) results/sweep.py $(if $(STUDY),@$(STUDY)) $(WHERE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIMITS),--limits $(LIMITS)) \
-		$(if $(ARGS),--args='$(ARGS)') $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(ADDRESS),--address $(ADDRESS)) \
+		$(if $(ARGS),--args='$(subst ','\'',$(ARGS))') $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(ADDRESS),--address $(ADDRESS)) \
 		$(if $(GPUS),--gpus $(GPUS)) $(OPTIONS)
 
 diff: setup  ## Compare fresh runs with the committed results; fails if something is worse

@@ -16,6 +16,7 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from results.arms import ALGOS
 
@@ -358,9 +359,20 @@ def tries(results: Path) -> dict[tuple[str, str], int]:
     return dict(collections.Counter((row["algo"], row["env"]) for row in tried(results)))
 
 
+# Arguments of BEAR-Lag alone, which every finetuner's configuration lists: elsewhere a new default changes nothing.
+BEAR = set("mmd_samples mmd_sigma mmd_limit mmd_dual_lr minimum_weight init_duals offline_max_multiplier".split())
+
+
+def effective(run: Run) -> dict[str, Any]:
+    """The arguments of a run that it makes use of."""
+    config = run.about.get("config") or {}
+    unused = set() if run.name == "bear_lag" or config.get("offline") == "bear_lag" else BEAR
+    return {name: value for name, value in config.items() if name not in unused}
+
+
 def same_experiment(a: Run, b: Run) -> bool:
     """Whether the two are seeds of one kind, chosen on or unseen, of one configuration on one dataset."""
-    return a.about.get("config") == b.about.get("config") and a.dataset_hashes == b.dataset_hashes and a.unseen == b.unseen
+    return effective(a) == effective(b) and a.dataset_hashes == b.dataset_hashes and a.unseen == b.unseen
 
 
 def merge(first: Run, second: Run) -> Run:

@@ -138,14 +138,23 @@ def table(pairs: list[tuple[str, Run | None, Run | None]], confidence: float, ma
     return text + ["", f"{worse} worse of {compared} compared; about {chance:.1f} by chance alone if nothing had changed"], worse
 
 
-def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path) -> None:
-    """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration, dataset and kind of seeds are the same."""
+def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path, drop: bool = False) -> None:
+    """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration, dataset and kind of seeds are the same.
+
+    BadInput, before anything is written, where they are not and seeds would be lost; with `drop` they are.
+    """
     for key, run in fresh.items():
         old = baselines.get(key)
         if old and old.unseen and not run.unseen:
             raise csvs.BadInput(
                 f"{run.path}: seeds that settings may be chosen on do not replace the unseen ones of {old.path}: "
                 f"run seeds from {csvs.UNSEEN} on (make sweep), or name other --envs or --algos"
+            )
+        lost = set(old.seeds) - set(run.seeds) if old and not csvs.same_experiment(old, run) else set()
+        if old and lost and not drop:
+            raise csvs.BadInput(
+                f"{run.path}: of another configuration or dataset than {old.path}, whose seeds {_listed(lost)} would be lost: "
+                "run these too, name other --envs or --algos, or add --drop-seeds"
             )
     for key, run in sorted(fresh.items()):
         old = baselines.get(key)
@@ -175,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--confidence", type=float, default=0.99, help="of the intervals (default 0.99: many are compared at once)")
     parser.add_argument("--margin", type=float, default=0.02, help="relative difference that is never worse nor better (default 0.02)")
     parser.add_argument("--accept", action="store_true", help="write the fresh runs to --results instead of comparing")
+    parser.add_argument("--drop-seeds", action="store_true", help="with --accept: let fewer seeds of another configuration replace more")
     options = parser.parse_args(arguments)
     if not 0 < options.confidence < 1 or not options.margin >= 0:
         parser.error("--confidence must be between 0 and 1 and --margin not negative")
@@ -190,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not new:
             parser.error(f"{options.runs}: no finished run: make some with `make sweep` or `make run`, or name the folder with --runs")
         if options.accept:
-            accept(new, old, options.results)
+            accept(new, old, options.results, options.drop_seeds)
             return 0
         pairs = [(f"{key[0]} {csvs.stem(*key[1:])}", old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
     lines, worse = table(pairs, options.confidence, options.margin)

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import csvs, measures
+from results import measures
 from results.arms import ALGOS, CONTROLS, LADDER, MULTIPLIERS, OFFLINE, PLAIN, RUNGS
 from results.comparisons import Task, alive, rank_changes
 from results.csvs import Run
@@ -167,7 +167,7 @@ def draw_profiles(tasks: dict[str, Task], best_of: dict[str, float], path: Path)
     return save(figure, path, top=0.98 - 0.04 * math.ceil(len(handles) / 4))
 
 
-def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
+def draw_ladder(shown: dict[str, dict], path: Path, limit: float) -> bool:
     """Per task and rung: cost per training episode in the first fifth, means and intervals over seeds."""
     figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 2.8 * len(shown), 3.6), sharey=True, squeeze=False)
     rungs = [rung for rung in LADDER if any((rung, base) in found for found in shown.values() for base in RUNGS)]
@@ -180,8 +180,8 @@ def draw_ladder(shown: dict[str, dict], path: Path) -> bool:
                 low, high = measures.interval(values)
                 axis.plot([low, high], [row, row], color=f"C{i}", lw=4, alpha=0.35, solid_capstyle="butt")
                 axis.plot([np.mean(values)], [row], "o", color=f"C{i}", ms=4, label=arm.title if rung == "" else None)
-        axis.axvline(csvs.LIMIT, color="red", lw=1, ls="--")
-        axis.set_xscale("symlog", linthresh=csvs.LIMIT)
+        axis.axvline(limit, color="red", lw=1, ls="--")
+        axis.set_xscale("symlog", linthresh=limit)
         axis.set_xlim(left=0)
         axis.set_title(env, fontsize=8)
         axis.set_xlabel("cost per training episode,\nfirst fifth", fontsize=8)

@@ -202,10 +202,16 @@ def share(successes: int, n: int, confidence: float = 0.95) -> tuple[float, floa
 
 def iqm(tasks: list[np.ndarray], confidence: float = 0.95) -> tuple[float, float, float]:
     """Interquartile mean of the seeds of all tasks, which count the same, and its interval by a bootstrap stratified by task."""
-    rng, size = np.random.default_rng(0), math.lcm(*(len(task) for task in tasks))
-    # As often as it takes until each task has as many scores as any other.
-    alike = lambda found: np.concatenate([np.repeat(x, size // x.shape[-1], -1) for x in found], -1)
-    mean = lambda found: scipy.stats.trim_mean(alike(found), 0.25, axis=-1)
+    rng, weights = np.random.default_rng(0), np.concatenate([np.full(len(task), 1 / len(task)) for task in tasks]) / len(tasks)
+
+    def mean(found: list[np.ndarray]) -> np.ndarray:
+        scores = np.concatenate(found, -1)
+        order = np.argsort(scores, -1)
+        sorted_weights = weights[order]
+        upper = np.cumsum(sorted_weights, -1)
+        inside = np.clip(np.minimum(upper, 0.75) - np.maximum(upper - sorted_weights, 0.25), 0, None)  # of each score's weight
+        return (np.take_along_axis(scores, order, -1) * inside).sum(-1) / inside.sum(-1)
+
     drawn = mean([_resampled(rng, task) for task in tasks])
     return float(mean(tasks)), *np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
 

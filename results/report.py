@@ -256,7 +256,8 @@ def ladder(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         return []
     figure = f"![Cost of the first training episodes by rung](ladder{suffix}.png)"
     if shown:
-        figures.draw_ladder(shown, folder / f"ladder{suffix}.png")
+        limit = next(iter(next(iter(tasks.values())).values())).cost_limit
+        figures.draw_ladder(shown, folder / f"ladder{suffix}.png", limit)
     return [
         "## What carries the results",
         "",
@@ -355,7 +356,7 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
             ratio(*within(run)), percent(found["share_above"]), cost_spread(found["worst_tenth"]),
             cost_spread(found["train_cost"]), cost_spread(found["early_cost"]), cost_spread(found["regret"]),
             f"{soon} of {number(episodes.max())}" if episodes.size else "-", spread(found["auc"]), spread(found["return"] / best),
-            f"{' '.join(commit[:8] for commit in run.commits) or '?'}; {tried.get((script, env), 0)}",
+            f"{' '.join(commit[:8] + '+' * commit.endswith('+') for commit in run.commits) or '?'}; {tried.get((script, env), 0)}",
         ])  # fmt: skip
     any_run = next(iter(task.values()))
     limit = any_run.cost_limit
@@ -532,7 +533,7 @@ def reported(folder: Path) -> tuple[dict[tuple, Run], str]:
 
 
 def summary(folder: Path) -> str:
-    """One line per algorithm: by task, return / cost at the end, and the cost per training episode."""
+    """One line per algorithm: by task, return / cost at the end (number of seeds), and the cost per training episode."""
     runs, note = reported(folder)
     tasks = [env for env in ENVS if (env, "marvel", csvs.LIMIT) in runs]
     header, rows = ["algorithm"], []
@@ -542,7 +543,8 @@ def summary(folder: Path) -> str:
         rows.append([title(name)])
         for env in tasks:
             found = alive(runs[env, name, csvs.LIMIT]) if (env, name, csvs.LIMIT) in runs else None
-            rows[-1] += [" / ".join(number(found[key].mean()) for key in ("return", "cost")) if found else "-"]
+            ends = found and " / ".join(number(found[key].mean()) for key in ("return", "cost"))
+            rows[-1] += [f"{ends} ({len(found['return'])})" if found else "-"]
             rows[-1] += [number(found["train_cost"].mean()) if found else "-"]
     return note + "\n".join(markdown(header, rows))
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -64,9 +65,14 @@ class Job:
 
     @property
     def file(self) -> str:
-        """A name for log and lock that no other job has."""
-        digest = hashlib.sha256(repr(self.arguments).encode()).hexdigest()[:8]
-        return self.label.replace(" ", "-").replace("/", "-") + "-" + digest
+        """A name for the log that no other job has."""
+        return self.label.replace(" ", "-").replace("/", "-") + "-" + digest(self.arguments)
+
+    @property
+    def locks(self) -> list[str]:
+        """A name per seed, the same in every job that makes the same run of it, however many seeds it has."""
+        place, arguments = self.env.replace("/", "-"), tuple(pair for pair in self.arguments if pair[0] not in NOT_ARGUMENTS)
+        return [f"{place}-{csvs.stem(self.name, self.limit)}-{seed}-{digest(arguments)}.lock" for seed in sorted(self.seeds)]
 
     @property
     def offline(self) -> frozenset:
@@ -79,6 +85,10 @@ class Job:
             words["--runs"] = shlex.quote(relative(self.runs))
         script = relative(self.scripts / f"{ALGOS[self.name].script}.py")
         return [python, script, "--resume", *(token for flag, value in words.items() for token in (flag, *shlex.split(value)))]
+
+
+def digest(arguments: tuple) -> str:
+    return hashlib.sha256(repr(arguments).encode()).hexdigest()[:8]
 
 
 def offline(env: str, name: str, limit: float, seeds) -> frozenset:
@@ -196,22 +206,25 @@ def duration(seconds: float) -> str:
 
 
 def attempt(job: Job, stop: threading.Event | None = None) -> tuple[str, float]:
-    """Runs a job unless its seeds are done, under its lock; (`done...` or what failed, seconds).
+    """Runs a job unless its seeds are done, under the locks of its seeds; (`done...` or what failed, seconds).
 
-    The lock is inherited by the training process: while that lives, even orphaned, nobody starts the job a second time.
+    The locks are inherited by the training process: while that lives, even orphaned, nobody starts one of its seeds a second time.
     """
     place = job.runs / "sweep"
     place.mkdir(parents=True, exist_ok=True)
     stopped = lambda: stop is not None and stop.is_set()
-    with open(place / f"{job.file}.lock", "a") as lock, open(place / f"{job.file}.log", "a") as log:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # held by a job of another sweep, or one that outlived its sweep
-                time.sleep(POLL)
-                if stopped():
-                    return "stopped", 0.0
+    with ExitStack() as files:
+        log = files.enter_context(open(place / f"{job.file}.log", "a"))
+        locks = [files.enter_context(open(place / name, "a")) for name in job.locks]
+        for lock in locks:  # all jobs take them in the order of the seeds
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # held by a job of another sweep, or one that outlived its sweep
+                    time.sleep(POLL)
+                    if stopped():
+                        return "stopped", 0.0
         if set(job.seeds) <= done_seeds(job.env, job.name, dict(job.arguments), job.runs):
             return "done already", 0.0
         command = job.command(sys.executable)
@@ -219,7 +232,13 @@ def attempt(job: Job, stop: threading.Event | None = None) -> tuple[str, float]:
         log.flush()
         start = time.monotonic()
         child = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock.fileno()]
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[lock.fileno() for lock in locks],
         )
         try:
             while child.poll() is None and not stopped():

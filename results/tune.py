@@ -67,6 +67,9 @@ def split(line: str, where: str) -> list[str]:
 
 def attempt(algo: str, env: str, arguments: list[str], seeds: range, runs: Path) -> dict:
     """Runs a try; its row."""
+    own = [word for word in arguments if word.partition("=")[0] in ("--env", "--seed", "--seeds", "--runs")]
+    if own:
+        raise BadInput(f"{algo} {env} {' '.join(arguments)}: {own[0]} is this script's to set, so that tries are on the seeds to choose on")
     words = ["--env", env, "--seed", str(seeds.start), "--seeds", str(len(seeds)), "--runs", str(runs), *arguments]
     start = time.monotonic()
     done = subprocess.run([sys.executable, ROOT / "algos" / f"{algo}.py", *words], capture_output=True, text=True)

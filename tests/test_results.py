@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algos import logbook
+from algos import bear_lag, logbook
 from envs import TASKS, reference
 from results import arms, comparisons, csvs, diff, figures, measures, report, sweep, tune
 
@@ -353,6 +353,13 @@ def test_aggregates_worked_out_by_hand():
     assert middle == 1.5 and low <= 1.5 <= high
     # Tasks count the same, whatever their numbers of seeds: the middle half of 0, 0, 1, 1 and 2, 3, 4, 5.
     assert measures.iqm([np.array([0.0, 1.0]), np.array([2.0, 3.0, 4.0, 5.0])])[0] == (1 + 1 + 2 + 3) / 4
+    # Numbers of seeds without a common divisor, as after divergences, against every score repeated until all tasks have as many.
+    sizes, rng = (5, 4, 3), np.random.default_rng(0)
+    tasks = [rng.normal(size=n) for n in sizes]
+    repeated = np.sort(np.concatenate([np.repeat(x, 60 // len(x)) for x in tasks]))
+    assert measures.iqm(tasks)[0] == pytest.approx(repeated[45:135].mean())
+    many = measures.iqm([np.arange(n, dtype=float) for n in (20, 19, 17, 18, 10)])
+    assert many[1] < many[0] < many[2]
     p, low, high = measures.improvement([(np.array([1.0, 3.0]), np.array([2.0, 3.0])), (np.array([5.0]), np.array([1.0]))])
     assert p == pytest.approx(((0 + 0 + 1 + 0.5) / 4 + 1) / 2) and low <= p <= high
     shares, low, high = measures.profile([np.array([0.0, 1.0]), np.array([2.0, -math.inf])], [-1.0, 0.5, 1.0, 2.0])
@@ -446,10 +453,22 @@ def test_accept_merges_seeds_of_the_same_configuration_and_replaces_others(place
     assert measures.per_seed(merged)["return"][2] == pytest.approx(measures.per_seed(make_run())["return"][2], rel=1e-5)
     assert measures.per_seed(merged)["return"][0] < 670 < measures.per_seed(make_run())["return"][0]
     run_folder(make_run(seeds=2, config={"actor_lr": 0.5}), place / "runs", "20260101-000001")
-    run_diff(capsys, *arguments, "--accept")
+    kept = (place / "results" / ENV / "marvel.csv").read_bytes()
+    with pytest.raises(csvs.BadInput, match="of another configuration .* whose seeds 2 3 4 would be lost: .*--drop-seeds"):
+        run_diff(capsys, *arguments, "--accept")
+    assert (place / "results" / ENV / "marvel.csv").read_bytes() == kept
+    run_diff(capsys, *arguments, "--accept", "--drop-seeds")
     assert csvs.load(place / "results" / ENV / "marvel.csv").seeds == [0, 1]
     code, out = run_diff(capsys, *arguments)
     assert code == 0 and out.count("same") == 4
+
+
+def test_defaults_of_an_offline_algorithm_that_is_not_used_are_no_other_experiment():
+    assert csvs.BEAR == {name for name in bear_lag.BearArgs.__annotations__}
+    old, new = (make_run(config={"offline": "cpq", "mmd_sigma": sigma}) for sigma in (1.0, 50.0))
+    assert csvs.same_experiment(old, new)
+    old, new = (make_run(config={"offline": "bear_lag", "mmd_sigma": sigma}) for sigma in (1.0, 50.0))
+    assert not csvs.same_experiment(old, new)
 
 
 def test_a_row_of_mixed_code_is_told_when_accepted_compared_and_reported(place, capsys):
@@ -1164,6 +1183,9 @@ def test_a_try_of_which_every_seed_diverged_is_an_outcome(tmp_path, monkeypatch,
     (tmp_path / "algos" / "marvel.py").write_text(f"print('  {folder}')\nraise SystemExit('error: it stopped')\n")
     monkeypatch.setattr(tune, "ROOT", tmp_path)
     attempt = lambda: tune.attempt("marvel", ENV, [], range(2), tmp_path / "runs")
+    for words in (["--seed", "100"], ["--seeds=3"], ["--env", "SafetyCarRun"]):  # the last of two values would win
+        with pytest.raises(csvs.BadInput, match=f"{words[0].split('=')[0]}.* is this script's to set"):
+            tune.attempt("marvel", ENV, words, range(2), tmp_path / "runs")
     if lost == 2:
         found = attempt()
         assert found["diverged"] == 2 and "return" not in found
