@@ -1,7 +1,8 @@
 """How fast training and environments are beside others, in one run: `make bench`, or `python results/speed/bench.py`.
 
 Prints one table and writes bench.csv beside this file (--out). Every number is the median of repeats that alternate with
-those of its peer, so that both see the same load of the machine; what stands in one row was measured within seconds.
+those of its peer, so that both see the same load of the machine; what stands in one row was measured within seconds. Only
+safety-gymnasium's number in `envs` is one run of --seconds after the others, or was measured elsewhere (envs.py).
 
 cpq      one gradient step of CPQ at OSRL's sizes (batch 512, hidden 256, VAE 400, 10 actions per state), beside OSRL's CPQ in
          PyTorch; with the OOD penalty on all 512 states, the same work; on 64, the default here; and as released, where the penalty
@@ -13,7 +14,8 @@ envs     environment steps per second in a jitted scan with random actions and r
 startup  from the start of `python algos/marvel.py` to its first gradient step, compiling everything and with a filled cache.
 floor    beside cpq and online: the step's matrix products alone at the highest rate at which this machine multiplies matrices.
          The rates that it reaches in several shapes are rows of their own: a hidden layer of `online`'s four critics is 4x64x256.
-whole    a whole run: as results/<env>/marvel.json recorded it, or measured now (--whole ENV).
+whole    a run of Marvel: as results/<env>/marvel.json recorded it, without phase 1 where its seeds' offline checkpoints were there
+         already; or from nothing, measured now (--whole ENV).
 gpu      only when asked for: the physics backends on the GPU (gpu.py, with its own table; at most 7 minutes).
 
 Peers run under interpreters of their own (--torch, --crax, --reference; peers.py says what they must have), on the same cores,
@@ -567,7 +569,8 @@ def whole(args: Args, _) -> list[Row]:
     for path in sorted((ROOT / "results").glob("*/marvel.json")):
         for run in json.loads(path.read_text()).get("runs", []):
             if run.get("seconds"):
-                note = f"recorded at {run.get('commit', '')[:7]} on {run.get('device', '')}, not measured now; {run.get('command', '')}"
+                note = f"recorded at {run.get('commit', '')[:7]} on {run.get('device', '')}, not measured now; "
+                note += f"without phase 1 where its checkpoints were there already; {run.get('command', '')}"
                 which = f"seeds {min(run['seeds'])} to {max(run['seeds'])}"
                 rows.append(Row(f"{WHOLE}, {path.parent.name}, {which}", run["seconds"], "s", note=note))
     if args.whole:
