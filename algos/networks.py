@@ -4,6 +4,7 @@
 behind the first `obs_size` entries), policies and VAE never look at it.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -117,7 +118,9 @@ class Networks(NamedTuple):
 
     def q(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
         """min_i Q_i (...,)."""
-        return jnp.min(self.reward.apply(critics["reward"], obs, action), 0)
+        # Not jnp.min: its gradient divides by the number of members that equal the minimum, and that is 0 where XLA computes a member
+        # twice with other rounding.
+        return functools.reduce(jnp.minimum, self.reward.apply(critics["reward"], obs, action))
 
     def qcs(self, critics: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
         """Qc_i (cost critics, ...)."""

@@ -294,6 +294,17 @@ def test_wsrl_s_actor_takes_the_minimum_of_all_critics():
     assert float(found) == pytest.approx(float(np.mean(args.entropy_weight * np.asarray(log_prob) - q + 0.7 * qc)), rel=1e-5)
 
 
+def test_the_smallest_q_s_gradient_is_the_smallest_member_s():
+    """No reduction over the members: its gradient counts those that equal the minimum, which was none after another rounding (NaN)."""
+    args, networks, params = built(wsrl, num_critics=5)
+    batch, critics = some_batch(), params["critics"]
+    qs = networks.reward.apply(critics["reward"], batch.obs, batch.action)
+    smallest = lambda a: jnp.take_along_axis(networks.reward.apply(critics["reward"], batch.obs, a), qs.argmin(0)[None], 0).sum()
+    q = lambda a: networks.q(critics, batch.obs, a).sum()
+    np.testing.assert_allclose(jax.grad(q)(batch.action), jax.grad(smallest)(batch.action), rtol=1e-5, atol=1e-7)
+    assert "reduce_min" not in str(jax.make_jaxpr(jax.grad(q))(batch.action))
+
+
 def test_nothing_learns_while_everything_is_frozen():
     old = training.Learner({"actor": jnp.zeros(2), "critics": jnp.ones(3)}, {"cost": jnp.ones(1)}, {"actor": jnp.int32(4)})
     new = jax.tree.map(lambda x: x + 1, old)

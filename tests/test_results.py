@@ -694,7 +694,7 @@ def test_summary_has_the_tasks_on_which_marvel_was_run(tmp_path):
     warning, _, *lines = report.summary(tmp_path).splitlines()
     assert warning == "On seeds on which settings may have been chosen:"
     assert lines[0] == f"| algorithm | {ENV} | per training episode |"
-    assert "| Marvel | 700 / 10 | 15 |" in lines
+    assert "| Marvel | 700 / 10 (5) | 15 |" in lines
     assert len(lines) == 2 + len(arms.PLAIN)  # controls that were not run have no line
 
 
