@@ -102,7 +102,7 @@ RELEASE: dict[str, dict] = cpq.SLOW | {  # Marvel's release; tasks that are not 
     | dict(
         actor_warmup=0, init_multiplier=0.0, anchor_weight=0.0, reserve=0.0, updates_per_iter=20, batch_size=64, actor_schedule="constant",
         actor_critics="target", max_multiplier=float("inf"), multiplier_updates=20, gain_rule="release", lagrangian="apid",
-        kp=0.02, ki=0.002, kd=0.01, cost_clip=float("inf"), integral_fall=1.0,
+        kp=5e-6, ki=5e-6, kd=5e-6, pid_decay=0.9, pid_delay=10, gain_rates=(0.05, 0.05, 0.05), cost_clip=float("inf"), integral_fall=1.0,
     )
     | _task(5e-5, 5e-3, 5e-3, 1e-3, 500),
     "bullet/SafetyBallCircle": _task(5e-5, 5e-3, 5e-3, 1e-3, 500),

@@ -8,6 +8,8 @@
     lambda = clip(Kp P + I + Kd D, 0, max_multiplier)
     aPID, from the mean m and the standard deviation s of the last `gain_window` c:
     Kp *= 1 + a tanh((m-d')/u);  Ki *= 1 + b (m-d')/u;  Kd *= 1 + c s/u;  u = max(d', 1);  each within [K0 / gain_bound, K0 gain_bound]
+Marvel's released code (--gain-rule release) has no tanh, and u = m. Its m and s are of the last `pid_delay` EMAs of c, with 0.1 added to m.
+All EMAs start at 0, and D compares with 0 until there are enough of them. Here an EMA starts at its first value, and D is 0 until then.
 
 Sources: PID-Lagrangian (Stooke, Achiam, Abbeel; arXiv 2007.03964), aPID (Marvel; arXiv 2412.04426). lambda counts scaled reward
 per unit of cost. With --cost-limit inf there is no constraint: lambda is 0.
@@ -28,7 +30,7 @@ class LagrangianArgs:
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
     kp: float = 0.005
-    """initial proportional gain, lambda per unit of episode cost (Marvel publishes no initial gains)"""
+    """initial proportional gain, lambda per unit of episode cost (release: 5e-6, all three)"""
     ki: float = 0.002
     """initial integral gain, per multiplier update"""
     kd: float = 0.002
@@ -44,19 +46,19 @@ class LagrangianArgs:
     integral_fall: float = 0.25
     """how fast the integral falls, in units of how fast it rises (Marvel: 1); less: it forgets more slowly in quiet batches"""
     pid_decay: float = 0.8
-    """decay of the moving averages of error and cost"""
+    """decay of the moving averages (EMA) of error and cost (release: 0.9)"""
     pid_delay: int = 5
-    """multiplier updates between the two averages that the derivative compares"""
+    """multiplier updates between the two averages that the derivative compares (release: 10)"""
     gain_rates: tuple[float, float, float] = (0.05, 0.02, 0.02)
-    """a, b, c: how fast Kp, Ki, Kd adapt (apid)"""
+    """a, b, c: how fast Kp, Ki, Kd adapt (apid; release: 0.05 each)"""
     gain_window: int = 5
-    """multiplier updates whose costs set the gains (apid)"""
+    """multiplier updates whose costs set the gains (apid with --gain-rule paper; release: pid_delay)"""
     gain_rule: Literal["paper", "release"] = "paper"
-    """apid's factors: as above (paper), or without tanh and divided by m instead of d' (release)"""
+    """apid's factors: the paper's, or those of the released code, which has other averages, too"""
     gain_bound: float = 10.0
-    """apid's gains stay within this factor of the initial ones (Marvel's bounds are not public; 1e9: none)"""
+    """apid's gains stay within this factor of the initial ones (release: 10; 1e9: none)"""
     multiplier_updates: int = 1
-    """updates of the multiplier per batch of episodes, all from the same cost (release: 20, one per gradient step)"""
+    """updates of the multiplier per batch of episodes, all from the same cost (release: 20, one before each gradient step)"""
 
 
 class Multiplier(NamedTuple):
@@ -65,7 +67,7 @@ class Multiplier(NamedTuple):
     value: jax.Array  # () lambda
     integral: jax.Array  # ()
     error_ema: jax.Array  # ()
-    cost_emas: jax.Array  # (pid_delay + 1,), newest first
+    cost_emas: jax.Array  # (pid_delay + 1,), newest first, NaN where not yet measured
     costs: jax.Array  # (gain_window,) newest first, NaN where not yet measured
     gains: jax.Array  # (3,) Kp, Ki, Kd
 
@@ -76,14 +78,9 @@ def init_multiplier(args) -> Multiplier:
     gains = jnp.array([args.kp, args.ki, args.kd]) * jnp.array(scale)
     start = jnp.float32(0.0 if math.isinf(args.cost_limit) else args.init_multiplier)
     unknown = jnp.float32(jnp.nan)
-    return Multiplier(
-        start,
-        start,
-        unknown,
-        jnp.full(args.pid_delay + 1, unknown),
-        jnp.full(args.gain_window, unknown),
-        gains,
-    )
+    first = jnp.float32(0.0) if args.gain_rule == "release" else unknown  # what an EMA starts from
+    averages = jnp.full(args.pid_delay + 1, unknown).at[0].set(first)
+    return Multiplier(start, start, first, averages, jnp.full(args.gain_window, unknown), gains)
 
 
 def update_multiplier(m: Multiplier, cost: jax.Array, args) -> Multiplier:
@@ -106,17 +103,17 @@ def _update(m: Multiplier, cost: jax.Array, args) -> Multiplier:
     kp, ki, kd = m.gains
     change = ki * error * jnp.where(error < 0, args.integral_fall, 1.0)
     integral = jnp.clip(m.integral + change, 0.0, args.max_multiplier)
-    derivative = jnp.maximum(0.0, jnp.nan_to_num(cost_emas[0] - cost_emas[-1]))
+    before = jnp.where(jnp.isnan(cost_emas[-1]), 0.0 if args.gain_rule == "release" else cost_emas[0], cost_emas[-1])
+    derivative = jnp.maximum(0.0, cost_emas[0] - before)
     value = jnp.clip(kp * error_ema + integral + kd * derivative, 0.0, args.max_multiplier)
     gains = m.gains
     if args.lagrangian == "apid":
-        initial, mean, std = init_multiplier(args).gains, jnp.nanmean(costs), jnp.nanstd(costs)
-        a, b, c = args.gain_rates
+        initial, (a, b, c) = init_multiplier(args).gains, args.gain_rates
         if args.gain_rule == "paper":
-            unit = max(limit, 1.0)
+            mean, std, unit = jnp.nanmean(costs), jnp.nanstd(costs), max(limit, 1.0)
             factors = 1 + a * jnp.tanh((mean - limit) / unit), 1 + b * (mean - limit) / unit, 1 + c * std / unit
         else:
-            unit = jnp.maximum(mean, 1.0)
-            factors = 1 + a * (mean - limit) / unit, 1 + b * (mean - limit) / unit, 1 + c * std / unit
+            mean, std = jnp.nanmean(cost_emas[:-1]) + 0.1, jnp.nanstd(cost_emas[:-1])
+            factors = 1 + a * (mean - limit) / mean, 1 + b * (mean - limit) / mean, 1 + c * std / mean
         gains = jnp.clip(gains * jnp.stack(factors), initial / args.gain_bound, initial * args.gain_bound)
     return Multiplier(value, integral, error_ema, cost_emas, costs, gains)

@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -81,6 +82,7 @@ class AllDiverged(RuntimeError):
     """No seed is left to train."""
 
 
+@functools.cache
 def documented(cls) -> dict[str, str]:
     """{field: the docstring below it} of the fields that a dataclass itself declares."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body

@@ -17,14 +17,16 @@ checkpoint per seed; every run with the same offline arguments and dataset takes
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward.
 
-Deviations, P from the paper, R from the released code, each with the arguments that undo it; --preset release undoes all at once, but
-for phase 2's single step size (2) and the bound of the gains (3). Those of phase 1 are in cpq.py.
+Deviations, P from the paper, R from the released code, each with the arguments that undo it; --preset release undoes all at once.
+Those of phase 1 are in cpq.py.
  1 (R) VPA's entropy terms are per sample, not the batch mean of the log-probability, which cannot rank actions
    (--vpa-entropy batch_mean).
- 2 (P, R) VPA takes fewer and larger steps (--vpa-steps 20000 --vpa-batch-size 64), with one step size for both critics, as phase 3
-   (--vpa-cost-lr, --cost-critic-lr). At tau 0.005 and 2,500 steps Q was a third of what it became (--tau 0.005).
+ 2 (P, R) VPA takes fewer steps of larger batches (--vpa-steps 20000 --vpa-batch-size 64). Both critics have one step size, in phase 3,
+   too; R has two for each task, the same in both phases (--vpa-lr, --vpa-cost-lr, --critic-lr, --cost-critic-lr). At tau 0.005 and
+   2,500 steps Q was a third of what it became (--tau 0.005).
  3 (R) The multiplier moves once per batch of newly ended episodes (--multiplier-updates 20), with tanh on Kp and divisions by d',
-   as in the paper (--gain-rule release). It is bounded (--max-multiplier inf), its gains within a factor (--gain-bound 1e9).
+   as in the paper (--gain-rule release). It is bounded (--max-multiplier inf). Its gains are larger than R's, which are 5e-6 at 20
+   updates per batch (--kp, --ki, --kd), and its averages are shorter (--pid-decay 0.9 --pid-delay 10 --gain-rates 0.05 0.05 0.05).
  4 (P, R) The controller aims at (1 - reserve) d: while the return still rises, lambda lags behind the cost (--reserve 0).
  5 (P, R) The online actor is anchored to the offline policy pi_0; the anchor weakens (--anchor-weight 0). Where Q is nearly flat
    around a good policy, Adam makes steps of full size out of its noise.
@@ -44,7 +46,10 @@ for phase 2's single step size (2) and the bound of the gains (3). Those of phas
    --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
 16 (P, R) On the Run tasks all networks see the odometer (--no-odometer): cpq.py, 12.
 17 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
-Two repairs of the released code have no switch: time-outs never stop the bootstrap, and every phase starts with fresh optimisers.
+Repairs of the released code, without a switch: time-outs never stop the bootstrap. Every phase starts with fresh optimisers; R takes up
+the actor's, and with it the step size of phase 1 instead of the one in its table. log pi is that of a tanh-Gaussian; in R the sign of
+the Gaussian's part is wrong. Phase 3's entropy is per sample; R takes the mean over the batch. The repeated updates of the multiplier (3)
+all come before the gradient steps; R makes one before each.
 """
 
 import sys
@@ -76,9 +81,9 @@ class VPAArgs:
     vpa_batch_size: int = 128
     """transitions per gradient step (release: 64)"""
     vpa_lr: float = 1e-3
-    """Adam step size of the reward critics"""
+    """Adam step size of the reward critics (release: critic_lr)"""
     vpa_cost_lr: float | None = None
-    """Adam step size of the cost critic (default: vpa_lr)"""
+    """Adam step size of the cost critic (default: vpa_lr; release: cost_critic_lr)"""
     vpa_alpha_reward: float = 0.002
     """alpha_r, scaled reward per nat (release: 0); 0 with alpha_c = 0: plain fitted Q evaluation"""
     vpa_alpha_cost: float = 0.001
@@ -99,7 +104,11 @@ class Args(VPAArgs, FinetuneArgs):
 
 
 RELEASE = dict(vpa_steps=20_000, vpa_batch_size=64, vpa_alpha_reward=0.0, vpa_alpha_cost=0.0, vpa_entropy="batch_mean", vpa_gate=False)
-PRESETS = {"suite": finetuning.SUITE, "release": finetuning.RELEASE | {"*": finetuning.RELEASE["*"] | RELEASE}}
+_RATES = {  # phase 2 has the step sizes of phase 3
+    task: values | dict(vpa_lr=values["critic_lr"], vpa_cost_lr=values["cost_critic_lr"]) if "critic_lr" in values else values
+    for task, values in finetuning.RELEASE.items()
+}
+PRESETS = {"suite": finetuning.SUITE, "release": _RATES | {"*": _RATES["*"] | RELEASE}}
 
 
 # ---------------------------------------------------------------- losses

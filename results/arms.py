@@ -55,13 +55,10 @@ BUDGETS = {  # name: (the offline phase, its arguments)
     "published": ("100,000 steps of 512, OSRL's", "--offline-steps 100000 --offline-batch-size 512"),
 }
 ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
-BOUNDED = "--multiplier-updates 1 --gain-rule paper --max-multiplier 2"  # the suite's multiplier on the release's gains: a control
 RELEASE = {  # name, with {} for the budget
     "naive_o2o+{}": Arm("naive finetuning, adaptive PID", "naive_o2o"),
     "marvel+{}": Arm("Marvel", "marvel", ENTROPY),
     "marvel+{}+fqe": Arm("Marvel without entropy terms", "marvel"),
-    "naive_o2o+{}+bounded": Arm("naive finetuning, bounded multiplier", "naive_o2o", BOUNDED),
-    "marvel+{}+bounded": Arm("Marvel, bounded multiplier", "marvel", f"{BOUNDED} {ENTROPY}"),
 }
 for _budget, (_what, _steps) in BUDGETS.items():
     for _name, _arm in RELEASE.items():

@@ -278,7 +278,7 @@ def release(tasks: dict[str, Task]) -> list[str]:
     for env, task in tasks.items():
         for budget, (what, _) in BUDGETS.items():
             for name, arm in RELEASE.items():
-                run, naive = task.get(name.format(budget)), f"naive_o2o+{budget}" + ("+bounded" if "bounded" in name else "")
+                run, naive = task.get(name.format(budget)), f"naive_o2o+{budget}"
                 if run is None:
                     continue
                 found, better = alive(run), {}
@@ -297,8 +297,7 @@ def release(tasks: dict[str, Task]) -> list[str]:
         "## The paper's own configuration",
         "",
         "`--preset release`: no anchor, warm-up, reserve or cloning; the release's step sizes and update counts; at most 500 episodes. All "
-        "arms of a task start from the same offline checkpoints. Bounded: lambda moves once per iteration, by the paper's rule, and is at "
-        "most 2. P: as *final* above; with a bounded multiplier, both have it.",
+        "arms of a task start from the same offline checkpoints. P: as *final* above.",
         "",
         *markdown(header.split(", "), rows),
         "Data: the commands under each task below; table: `make report`.",

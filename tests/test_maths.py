@@ -14,7 +14,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from algos import bear_lag, diagnostics, finetuning, marvel, networks, sac_lag, training
+from algos import bear_lag, diagnostics, finetuning, logbook, marvel, networks, sac_lag, training
 from algos import cpq as offline
 from algos.lagrangian import init_multiplier, update_multiplier
 from algos.networks import Ensemble, Networks, symlog
@@ -1018,16 +1018,24 @@ def test_vpa_entropy_of_the_batch(variant):
     assert float(value) == pytest.approx(expected, rel=1e-3)
 
 
-def test_release_gains_and_repeated_updates():
-    """No tanh, divided by the mean cost; twenty updates from one cost are twenty times the integral's step."""
-    args = marvel.Args(
-        cost_limit=20.0, reserve=0.0, gain_rule="release", max_multiplier=math.inf, kp=0.02, ki=0.002, kd=0.01, cost_clip=math.inf,
-        init_multiplier=0.0,
-    )  # fmt: skip
-    m = update_multiplier(init_multiplier(args), jnp.float32(50.0), args)
-    a, b, _ = args.gain_rates
-    np.testing.assert_allclose(m.gains, [0.02 * (1 + a * 0.6), 0.002 * (1 + b * 0.6), 0.01], rtol=1e-5)
-    args = replace(args, lagrangian="dual", multiplier_updates=20)
+def test_the_released_controller():
+    """Against plain numbers: all averages start at 0; gains follow mean + 0.1 and deviation of the last `pid_delay` averages of the cost."""
+    args = logbook.parse(marvel.Args, ["--preset", "release", "--env", "bullet/SafetyBallCircle"], marvel.PRESETS)
+    assert (args.kp, args.ki, args.kd, args.multiplier_updates) == (5e-6, 5e-6, 5e-6, 20)
+    m, gains, integral, p, averages = init_multiplier(args), np.full(3, 5e-6), 0.0, 0.0, [0.0]
+    for cost in (0.0, 250.0, 30.0, 5.0):
+        m = update_multiplier(m, jnp.float32(cost), args)
+        for _ in range(20):
+            integral = max(0.0, integral + gains[1] * (cost - 20))
+            p = 0.9 * p + 0.1 * (cost - 20)
+            averages.append(0.9 * averages[-1] + 0.1 * cost)
+            before = averages[-11] if len(averages) > 10 else 0.0
+            value = max(0.0, gains[0] * p + integral + gains[2] * max(0.0, averages[-1] - before))
+            mean, std = np.mean(averages[-10:]) + 0.1, np.std(averages[-10:])
+            gains = np.clip(gains * (1 + 0.05 * np.array([mean - 20, mean - 20, std]) / mean), 5e-7, 5e-5)
+        np.testing.assert_allclose([m.value, m.integral, *m.gains], [value, integral, *gains], rtol=2e-3, atol=1e-9)
+    assert value > 0
+    args = replace(args, lagrangian="dual", ki=0.002)
     m = update_multiplier(init_multiplier(args), jnp.float32(50.0), args)
     assert float(m.value) == pytest.approx(20 * 0.002 * 30, rel=1e-5)
 

@@ -810,6 +810,33 @@ def test_a_row_says_how_many_settings_were_tried(tmp_path):
     assert "; 2 |" in next(line for line in report.report(tmp_path).splitlines() if line.startswith("| Marvel | 5 |"))
 
 
+def test_the_command_beside_a_number_still_makes_its_configuration():
+    """Of every committed run: a default that changes needs the run again, or an argument in its command."""
+    wrong, parsed = [], {}
+    for run in csvs.baselines(ROOT / "results").values():
+        stored = csvs.effective(run)
+        for made in run.about["runs"]:
+            _, *words = csvs.split(made["command"])
+            kept = tuple(
+                word
+                for flag, value in csvs.words(shlex.join(words)).items()
+                if flag not in ("--seed", "--seeds")
+                for word in (flag, *csvs.split(value))
+            )
+            script = run.name.split("+")[0]
+            if (script, kept) not in parsed:
+                module = importlib.import_module(f"algos.{script}")
+                parsed[script, kept] = logbook.parse(module.Args, [*kept], getattr(module, "PRESETS", None))
+            now = json.loads(json.dumps(asdict(parsed[script, kept]), default=str))
+            if "reward_scale" in now:  # as training.prepare and finetuning.prepare resolve them
+                now["reward_scale"] = now["reward_scale"] or TASKS[run.env].reward_scale
+            if "offline" in now:
+                now["offline"] = now["offline"] or "cpq"
+            differ = {name for name, value in stored.items() if name not in ("env", "seed", "seeds") and now.get(name, "gone") != value}
+            wrong += [f"{run.path.relative_to(ROOT)}: {name} was {stored[name]}" for name in sorted(differ)]
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
 @pytest.mark.parametrize("page", ["README.md", "algos/README.md"])
 def test_intervals_in_the_text_are_those_of_the_report(page):
     """Whoever adds rows finds here what has to be written anew; tables are made by the report itself."""

@@ -584,6 +584,7 @@ def test_the_release_preset_is_what_the_docstrings_say():
         "cloning_weight": 0.0, "vae_hidden": (400, 400), "offline_steps": 100_000, "offline_batch_size": 512,
         "offline_actor_lr": 1e-4, "offline_actor_schedule": "constant", "lagrangian": "apid", "vpa_alpha_reward": 0.0,
         "vpa_alpha_cost": 0.0, "vpa_gate": False, "gate_quantile": 0.0, "reward_scale": 0.1, "cost_clip": float("inf"), "integral_fall": 1.0,
+        "kp": 5e-6, "ki": 5e-6, "kd": 5e-6, "pid_decay": 0.9, "pid_delay": 10, "gain_rates": (0.05, 0.05, 0.05), "vpa_lr": 5e-3, "vpa_cost_lr": 8e-3,
         # the release's row of this task
         "actor_lr": 5e-5, "critic_lr": 5e-3, "cost_critic_lr": 8e-3, "entropy_weight": 5e-3, "iterations": 100,
     }  # fmt: skip
