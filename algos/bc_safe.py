@@ -6,10 +6,11 @@ Source: the baseline of that name in OSRL and Marvel (arXiv 2412.04426).
     maximise log pi(a|s) over the chosen trajectories' (s, a)                                 bc_loss
     safe: undiscounted cost <= d;  best, frontier: see `cloned`                               cloned
 
-An unfinished last trajectory never counts as safe: its cost is not known.
-
 Deviations from OSRL: (1) the likelihood of a tanh-Gaussian policy, not the squared error of a deterministic one, so that the
-policy is as stochastic as the data; (2) the frontier is read off the data, not off a fitted polynomial.
+policy is as stochastic as the data; (2) the frontier is read off the data, not off a fitted polynomial, and the band is below
+it, a share of the returns at that cost or less; (3) an unfinished last trajectory never counts as safe, as its cost is not
+known (OSRL: always); (4) as in cpq.py, with the same switches: symlog, smaller networks, fewer and smaller steps, the falling
+step size (7, 8), the odometer (12).
 """
 
 import sys

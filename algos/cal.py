@@ -23,7 +23,8 @@ reward_scale.
 Deviations, P from the paper, R from its code. Offline those of cpq.py. Online those of marvel.py that are about phase 3, with the
 same switches, the multiplier excepted; and
  1 (P, R) A state's end stops the bootstrap of costs as of rewards; R lets costs go on through it on Safety-Gym's tasks.
- 2 (R) The suite's number of updates (ten a step of the environment), and step sizes (3e-4 for all).
+ 2 (R) The suite's number of updates (ten a step of the environment), batches (12), step sizes (3e-4 for all) and targets (0.005 of the way,
+   every second update). R's numbers here and below are those of Safety-Gym's tasks; on MuJoCo's, kappa, the number of critics and k differ.
  3 (R) A fixed entropy weight (tuned to an entropy of -|a|).
 """
 
@@ -51,15 +52,15 @@ class Args(FinetuneArgs):
     """this algorithm"""
 
     cost_critics: int = 4
-    """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4)"""
+    """cost critics; Qc is their mean, plus `cost_pessimism` times their standard deviation (CAL: 4 on Safety-Gym)"""
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "apid"
-    """no effect here, nor has any argument of this controller, kp to integral_fall: CAL's multiplier is its own"""
+    """no effect here: CAL's multiplier is its own. Of this controller's arguments, only reserve and init_multiplier have one"""
     init_multiplier: float = 0.7
     """lambda at the start, raw reward per unit of cost (CAL: 0.69)"""
     multiplier_lr: float = 3e-4
     """Adam step size of log lambda (CAL: 3e-4)"""
     rectification: float = 10.0
-    """kappa, raw reward per squared unit of cost (CAL: 10); 0: lambda alone"""
+    """kappa, raw reward per squared unit of cost (CAL: 10 on Safety-Gym); 0: lambda alone"""
 
 
 # The others' release starts from lambda = 0, which log lambda cannot.

@@ -47,7 +47,7 @@ class OnlineArgs:
     replay: Literal["online", "mixed"] = "online"
     """batches from online transitions (Marvel), or half of each from the dataset"""
     actor_lr: float = 2e-4
-    """Adam step size of the actor (release: 2e-6 to 1e-3, by task)"""
+    """Adam step size of the actor (release: 2e-6 to 1e-3, by task; its code takes up the offline actor's instead)"""
     actor_schedule: Literal["cosine", "constant"] = "cosine"
     """the actor's step size falls to zero as a cosine, so that policy and multiplier come to rest, or stays (release)"""
     critic_lr: float = 5e-4

@@ -18,7 +18,11 @@ outweighs lambda / reward_scale of raw reward.
 Deviations: offline those of cpq.py. Online: (1) the share also shrinks only if the episodes' cost is at most the limit or the
 guide's own (the paper has no costs); (2) it is at most what a straight line from 1 to 0 over `handover` of the iterations
 leaves, so that the learner always gets its turn; (3) evaluations are of the learner alone, from the first one on; (4) k = 0 by
-default: a new learner is not held near the guide.
+default: a new learner is not held near the guide; (5) the newest batch of training episodes is compared with the guide's first
+batch, where the paper compares a moving average of evaluations with the best average so far; (6) the guide begins with the
+whole episode, where the paper's D4RL runs begin with the time that the guide needs to solve the task; (7) batches are of online
+data alone, where those runs take a quarter from the dataset (--replay mixed: half). The multiplier and what else the suite adds
+to phase 3 (marvel.py, 3, 4, 7, 8, 10, 11, 15, 16) is as in the other files.
 """
 
 import sys

@@ -17,11 +17,13 @@ Units: critics see reward * reward_scale and raw cost, so lambda counts scaled r
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: (1) symlog observations and LayerNorm critics; (2) the multiplier moves once per batch of newly ended episodes,
-never twice on the same costs; (3) the critics, never the policy, see what the cost depends on but the observation lacks
-(Run's x): without it the one-step targets of Qc say nothing of where a heading leads; (4)
---termination-cost charges dying (data collection); (5) lambda rises slowly, by fixed gains: if it exceeds the scaled reward
-of a step of running before the policy has learnt to run, standing still is best, and stays so (PointRun, adaptive gains from
-kp 0.001, ki 0.0001, bound 10: return -4 after 250,000 steps, seeds 0 to 2); (6) it aims at half of the limit (--reserve 0).
+never twice on the same costs; (3) the critics, never the policy, see what the cost depends on but the observation lacks (Run's
+x): without it the one-step targets of Qc say nothing of where a heading leads; (4) --termination-cost charges dying (data
+collection); (5) lambda rises slowly, by fixed gains: if it exceeds the scaled reward of a step of running before the policy has
+learnt to run, standing still is best, and stays so (PointRun, adaptive gains from kp 0.001, ki 0.0001, bound 10: return -4
+after 250,000 steps, seeds 0 to 2); (6) it aims at half of the limit (--reserve 0); (7) the target entropy is -0.5 per action
+dimension (SAC: -1), there are fewer updates per step, and the actor's step size falls to zero; (8) the actor's loss is not
+divided by 1 + lambda (the public code of the PID-Lagrangian does that).
 """
 
 import math

@@ -126,11 +126,11 @@ class OfflineArgs:
     terminals_are_timeouts: bool = False
     """read the dataset's terminals as time-outs, through which critics bootstrap: for files that store them so"""
     offline_steps: int = 10_000
-    """gradient steps (OSRL: 100,000)"""
+    """gradient steps (OSRL: 100,000; BEAR-Lag 300,000)"""
     offline_batch_size: int = 256
     """transitions per gradient step (OSRL: 512)"""
     offline_actor_lr: float = 1e-3
-    """Adam step size of the actor (OSRL: 1e-4)"""
+    """Adam step size of the actor (OSRL: CPQ 1e-4, BC and BEAR-Lag 1e-3)"""
     offline_actor_schedule: Literal["cosine", "constant"] = "cosine"
     """the actor's step size falls to zero as a cosine, or stays (OSRL: constant)"""
     offline_evals: int = 2
