@@ -236,6 +236,26 @@ def test_the_critics_choose_between_the_policies():
     assert 0.05 < from_prior.mean() < 0.95
 
 
+def test_pex_critic_targets():
+    """The targets choose and value the next action, with entropy in the reward's target only, and dying costs 7."""
+    args, networks, params = built(pex, entropy_weight=0.3, termination_cost=7.0)
+    other, batch, key = training.init_params(jax.random.key(9), networks, ENV.obs_size), some_batch(), jax.random.key(10)
+    params, targets = {"prior": params["actor"], "actor": other["actor"], "critics": params["critics"]}, other["critics"]
+    draw = jax.jit(lambda critics, m: pex.expanded_policy(params, critics, m, batch.next_obs, key, networks, args.temperature))
+    a, log_prob = map(np.asarray, draw(targets, 0.8))
+    assert all((a != draw(*others)[0]).any() for others in ((params["critics"], 0.8), (targets, 0.0)))  # the choice tells them apart
+    values = jax.jit(
+        lambda critics, obs, action: (networks.reward.apply(critics["reward"], obs, action), networks.qcs(critics, obs, action))
+    )
+    (next_q, next_qc), (q, qc) = values(targets, batch.next_obs, a), values(params["critics"], batch.obs, batch.action)
+    reward, cost, terminated = (np.asarray(x) for x in (batch.reward, batch.cost, batch.terminated))
+    target = 0.1 * reward + 0.9 * (1 - terminated) * (np.min(next_q, 0) - 0.3 * log_prob)
+    cost_target = cost + 7 * terminated + 0.9 * (1 - terminated) * np.asarray(next_qc[0])
+    loss = jax.jit(lambda critics: pex.pex_critic_loss(critics, params, targets, 0.8, batch, key, networks, args)[0])
+    expected = np.mean((q - target) ** 2), np.mean((qc - cost_target) ** 2)
+    assert float(loss(params["critics"])) == pytest.approx(float(sum(expected)), rel=1e-5)
+
+
 # ---------------------------------------------------------------- SO2
 
 
