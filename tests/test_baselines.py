@@ -272,7 +272,7 @@ def test_perturbed_actions():
 
 
 def test_so2_without_noise_is_the_plain_critic_loss():
-    args, networks, params = built(so2, noise=0.3, entropy_weight=0.01)
+    args, networks, params = built(so2, noise=0.3, entropy_weight=0.01, termination_cost=7.0)
     batch, critics = some_batch(), params["critics"]
     loss = lambda args: so2.so2_critic_loss(critics, params["actor"], critics, batch, jax.random.key(4), networks, args)[0]
     key_action, _ = jax.random.split(jax.random.key(4))
@@ -285,8 +285,8 @@ def test_so2_without_noise_is_the_plain_critic_loss():
 
 
 def test_wsrl_bootstraps_from_the_minimum_of_a_random_subset():
-    """With as many critics as the subset it is the plain loss without entropy; with more, the target varies with the key."""
-    args, networks, params = built(wsrl, num_critics=2)
+    """With as many critics as the subset it is the plain loss without entropy; with more, the target is of a pair that varies."""
+    args, networks, params = built(wsrl, num_critics=2, termination_cost=7.0)
     batch, critics = some_batch(), params["critics"]
     key_action, _ = jax.random.split(jax.random.key(4))
     found = wsrl.wsrl_critic_loss(critics, params["actor"], critics, batch, jax.random.key(4), networks, args)[0]
@@ -349,13 +349,13 @@ def test_pessimistic_cost_is_mean_plus_standard_deviations():
 
 
 def test_cost_critics_of_an_ensemble_follow_their_own_targets():
-    args, networks, params = built(cal, entropy_weight=0.0)
+    args, networks, params = built(cal, entropy_weight=0.0, termination_cost=7.0)
     batch, critics = some_batch(), params["critics"]
     found = cal.critic_loss(critics, params["actor"], critics, (0.0, 0.0), batch, jax.random.key(4), networks, args)[1]
     action, _ = sample_action(jax.random.key(4), *networks.actor.apply(params["actor"], batch.next_obs))
     after, now = networks.qcs(critics, batch.next_obs, action), networks.qcs(critics, batch.obs, batch.action)
     assert after.shape == (4, 6)
-    errors = [now[i] - (batch.cost + 0.9 * (1 - batch.terminated) * after[i]) for i in range(4)]
+    errors = [now[i] - (batch.cost + 7 * batch.terminated + 0.9 * (1 - batch.terminated) * after[i]) for i in range(4)]
     assert float(found["cost_critic_loss"]) == pytest.approx(float(np.mean(np.square(errors))), rel=1e-5)
 
 
