@@ -870,6 +870,17 @@ def test_monte_carlo_stops_at_terminal_states(variant):
     np.testing.assert_allclose(points.costs, 0.5 * geometric(0.9, np.minimum(12 - clock, 10)), rtol=1e-5)
 
 
+def test_monte_carlo_charges_for_dying():
+    """7 in the terminal step, discounted as its cost is; points from which it is more than half a horizon away see none of it."""
+    env = probes.Constant(3.0, 0.5, 20, terminal_at=12)
+    points = rollout.monte_carlo_points(ZERO, ZERO, jax.random.key(0), env, 64, 0.9, 0.1, 7.0)
+    steps = 12 - np.argmax(points.obs, -1)
+    charge = np.where(steps <= 10, 7 * 0.9 ** (steps - 1.0), 0)
+    assert steps.min() < 10 < steps.max()
+    np.testing.assert_allclose(points.costs, 0.5 * geometric(0.9, np.minimum(steps, 10)) + charge, rtol=1e-5)
+    np.testing.assert_allclose(points.returns, 0.3 * geometric(0.9, np.minimum(steps, 10)), rtol=1e-5)
+
+
 def test_monte_carlo_takes_the_recorded_action_first():
     """The return starts with the recorded action, which is `explore`'s and not `policy`'s."""
     env = probes.OneStep()
