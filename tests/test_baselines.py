@@ -199,6 +199,11 @@ def test_advance():
     assert float(good.share) == pytest.approx(0.5) and good.guide.tolist() == [100.0, 30.0]
     assert float(jsrl.advance(first, episodes(0.0, 99.0), 25, args).share) == pytest.approx(0.5)  # the schedule's line
     assert float(jsrl.advance(first, episodes(0.0, 99.0), 60, args).share) == 0.0
+    share = lambda guide, ret, cost: float(
+        jsrl.advance(jsrl.Curriculum(jnp.float32(1.0), jnp.array(guide)), episodes(ret, cost), 1, args).share
+    )
+    assert share((100.0, 5.0), 100.0, 19.0) == 0.75 and share((100.0, 5.0), 100.0, 21.0) > 0.75  # up to the limit, whatever the guide costs
+    assert share((-100.0, 5.0), -105.0, 5.0) == 0.75 and share((-100.0, 5.0), -115.0, 5.0) > 0.75
 
 
 def test_the_guide_plays_first():
