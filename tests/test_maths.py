@@ -340,6 +340,8 @@ class Linear:
 class Policy:
     """Stands in for an actor: mean = obs . params["w"] + params["b"], a constant log standard deviation."""
 
+    action_size = ACTION
+
     def apply(self, params, obs):
         mean = obs @ params["w"] + params["b"]
         return mean, jnp.broadcast_to(params["s"], mean.shape)
@@ -479,6 +481,30 @@ def test_temperature_direction():
     """Descending raises alpha while the entropy is below its target, lowers it above."""
     gradient = lambda entropy: jax.grad(sac_lag.temperature_loss)(jnp.float32(-1.0), jnp.float32(entropy), -1.0)
     assert gradient(-3.0) == -2 and gradient(0.5) == 1.5
+
+
+def test_target_entropy_counts_the_action_dimensions():
+    """-0.5 for each of two: a step of 0.1 on log alpha is of the entropy's distance from -1."""
+    fixed, batch, actor, critics, _ = setting(sac_lag, entropy_per_action=-0.5)
+    optimizers = {"actor": optax.sgd(0.0), "critics": optax.sgd(0.0), "log_alpha": optax.sgd(0.1)}
+    learner = training.init_learner({"actor": actor, "critics": critics, "log_alpha": jnp.float32(-2.0)}, optimizers)
+    step = jax.jit(lambda learner, key: sac_lag.online_step(learner, 0.0, batch, key, fixed.networks, optimizers, fixed.args))
+    after, info = step(learner, jax.random.key(0))
+    assert float(after.params["log_alpha"]) == pytest.approx(-2.0 - 0.1 * (float(info["entropy"]) + 1.0), rel=1e-5)
+
+
+def test_the_multiplier_waits_for_enough_episodes():
+    """Three episodes of cost 40 do not move it; three more of 70 do, by the mean of all six, and the count starts anew."""
+    args = sac_lag.Args(episodes_per_iter=5, updates_per_block=2, batch_size=4, ki=0.01, reserve=0.0)
+    start, rows = init_multiplier(args), jax.tree.map(lambda x: x[:, None], numbered(0, 6))
+    step = lambda learner, multiplier, batch, key: (learner + 1, {"multiplier": multiplier})
+    train = jax.jit(lambda *state: sac_lag.train_online(jnp.float32(0), *state, jax.random.key(0), step, args)[1:])
+    ended = lambda cost: rollout.Episodes(*jnp.float32([3, 3, 3 * cost, 30]))
+    multiplier, replay, pending, info = train(start, buffer.empty_replay(12, 2, 1), rollout.Episodes(*jnp.zeros(4)), rows, ended(40.0))
+    assert float(pending.number) == 3 and jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y, equal_nan=True), multiplier, start))
+    multiplier, replay, pending, info = train(multiplier, replay, pending, rows, ended(70.0))
+    assert float(multiplier.integral) == pytest.approx(0.01 * ((3 * 40 + 3 * 70) / 6 - 20), rel=1e-5)
+    assert info["multiplier"] == multiplier.value > 0 and pending == (0, 0, 0, 0)
 
 
 # ---------------------------------------------------------------- CPQ
