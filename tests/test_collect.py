@@ -67,6 +67,28 @@ def test_rollouts_in_pieces_are_the_rollouts_in_one(monkeypatch):
     assert out[0]["timeouts"][..., -1].all() and out[0]["timeouts"].sum() == 2
 
 
+def test_only_whole_episodes_are_kept_and_all_of_those():
+    """Two rows of five steps: one dies in the third, one is stopped in the second and the fifth."""
+    steps, ends = np.arange(10.0, dtype=np.float32).reshape(1, 2, 5), np.zeros((2, 1, 2, 5), bool)
+    ends[0, 0, 0, 2] = ends[1, 0, 1, 1] = ends[1, 0, 1, 4] = True
+    kept = dict(rewards=steps, costs=-steps, terminals=ends[0], timeouts=ends[1], actions=steps[..., None] / 3)
+    found = collect.whole_episodes(kept | dict(observations=steps[..., None], next_observations=steps[..., None] + 1))
+    numbers = [0, 1, 2, 5, 6, 7, 8, 9]
+    assert found.rewards.tolist() == found.observations[:, 0].tolist() == numbers and found.actions.shape == (8, 1)
+    assert np.flatnonzero(found.terminals).tolist() == [2] and np.flatnonzero(found.timeouts).tolist() == [4, 7]
+
+
+def test_observations_are_rounded_to_14_bits():
+    """Of the mantissa's 23, to the nearest: a relative error of at most 2^-15."""
+    x = np.random.default_rng(0).lognormal(sigma=5, size=1000).astype(np.float32) * np.float32([1, -1] * 500)
+    obs = x.reshape(1, 1, 1000, 1)
+    rest = dict.fromkeys(("rewards", "costs"), obs[..., 0]) | dict.fromkeys(("terminals", "timeouts"), np.ones((1, 1, 1000), bool))
+    found = collect.whole_episodes(rest | dict(observations=obs, next_observations=obs, actions=obs))
+    for rounded in (found.observations[:, 0], found.next_observations[:, 0]):
+        assert np.abs(rounded / x - 1).max() <= 2**-15 * 1.001 and not (rounded.view(np.uint32) & 0x1FF).any()
+    np.testing.assert_array_equal(found.actions[:, 0], x)  # of which a density may be asked
+
+
 def test_a_collection_that_stops_leaves_no_file(elsewhere, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, os.strerror(28))
