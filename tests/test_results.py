@@ -260,6 +260,7 @@ def test_measures_of_a_run_worked_out_by_hand():
     assert found["auc"] == pytest.approx((1500 * 250 + 3000 * 300) / 4500)
     assert (found["training_episodes"], found["training_cost"]) == (45, 5 * 250)
     assert found["cost_rate"] == pytest.approx(5 * 250 / 4500)
+    assert (found["train_cost"], found["early_cost"]) == (pytest.approx(250 / 9), (60 + 10) / 2)  # a fifth of nine rows: two
     assert found["regret"] == 5 * (40 + 10 + 80)
     assert found["episodes_to_safe"] == 5  # mean of 10 30 10 10 is 15
     assert math.isinf(found["episodes_to_stay"])  # the last window holds 100
