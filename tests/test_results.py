@@ -464,6 +464,17 @@ def test_accept_merges_seeds_of_the_same_configuration_and_replaces_others(place
     assert code == 0 and out.count("same") == 4
 
 
+def test_a_run_on_another_dataset_is_another_experiment(place, capsys):
+    """Its seeds do not join those of the baseline, and do not replace more of them unasked."""
+    run_folder(make_run(seeds=2, dataset_hash="e" * 12), place / "runs")
+    arguments = ["--runs", place / "runs", "--results", place / "results", "--accept"]
+    with pytest.raises(csvs.BadInput, match="of another configuration or dataset .* whose seeds 2 3 4 would be lost"):
+        run_diff(capsys, *arguments)
+    assert run_diff(capsys, *arguments, "--drop-seeds")[1].endswith("seeds 0 1, replaces another configuration, dataset or kind of seeds\n")
+    accepted = csvs.load(place / "results" / ENV / "marvel.csv")
+    assert accepted.seeds == [0, 1] and accepted.dataset_hashes == ["e" * 12]
+
+
 def test_defaults_of_an_offline_algorithm_that_is_not_used_are_no_other_experiment():
     assert csvs.BEAR == {name for name in bear_lag.BearArgs.__annotations__}
     old, new = (make_run(config={"offline": "cpq", "mmd_sigma": sigma}) for sigma in (1.0, 50.0))
