@@ -413,6 +413,13 @@ def test_a_shift_within_the_spread_of_seeds_is_no_verdict(tmp_path, capsys):
     assert code == 0 and "worse" not in out.replace("0 worse of", "")
 
 
+def test_a_difference_within_the_margin_is_none():
+    """1 of 100 with a margin of 2%, though the interval excludes 0."""
+    judge = lambda new, low, high: diff.judge(100.0, new, low, high, None, 0.02)
+    assert judge(101.0, 0.5, 1.5) == judge(99.0, -1.5, -0.5) == "same"
+    assert (judge(105.0, 4.0, 6.0), judge(95.0, -6.0, -4.0)) == ("better", "worse")
+
+
 def test_what_is_not_alike_is_named(place, capsys):
     other = make_run(seeds=3, config={"actor_lr": 0.5}, dataset_hash="e" * 12)
     code, out = fresh_against_baseline(place, capsys, other)
