@@ -959,6 +959,10 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(tmp_path, fakes, capsys)
     assert len(journal(tmp_path)) == 11
 
 
+def test_a_job_s_seeds_have_no_gap():
+    assert sweep._consecutive([100, 102, 103, 104], 2) == [(100,), (102, 103), (104,)]
+
+
 def test_offline_checkpoints_are_made_once_by_parallel_jobs(tmp_path, fakes):
     assert sweep.main([*fakes, *ALL, "naive_o2o", "--parallel", "4"]) == 0
     assert len(journal(tmp_path)) == 10
