@@ -30,6 +30,11 @@ def save(figure, path: Path, top: float = 1.0) -> bool:
     return True
 
 
+def linear_part(limit: float) -> float:
+    """Up to where an axis of costs is linear: to the limit, if that is a place on it."""
+    return max(limit, 1.0) if math.isfinite(limit) else 1.0
+
+
 def traces(run: Run, event: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps,) and (seeds, steps): online values at the steps that every seed which did not diverge has."""
     curves = []
@@ -67,7 +72,7 @@ def draw_curves(task: Task, names: list[str], path: Path, best: float) -> bool:
     if not math.isnan(best):
         axes[0].axhline(best, color="grey", lw=1, ls=":", label="best safe return of the dataset")
     axes[1].axhline(limit, color="red", lw=1.2, ls="--", label=f"cost limit {limit:g}")
-    axes[1].set_yscale("symlog", linthresh=max(limit, 1.0) if math.isfinite(limit) else 1.0)
+    axes[1].set_yscale("symlog", linthresh=linear_part(limit))
     axes[1].set_ylim(bottom=0)
     for axis, label in zip(axes, ("return", "cost")):
         axis.set_xlabel("online environment steps")
@@ -99,7 +104,7 @@ def draw_multipliers(task: Task, path: Path) -> bool:
         axes[2].set_yscale("log")
     limit = task[names[0]].cost_limit
     axes[0].axhline(limit, color="red", lw=1.2, ls="--")
-    axes[0].set_yscale("symlog", linthresh=max(limit, 1.0) if math.isfinite(limit) else 1.0)
+    axes[0].set_yscale("symlog", linthresh=linear_part(limit))
     axes[0].set_ylim(bottom=0)
     for axis, label in zip(axes, ("training episode cost", "multiplier λ", "gain / initial gain")):
         axis.set_ylabel(label)
@@ -181,7 +186,7 @@ def draw_ladder(shown: dict[str, dict], path: Path, limit: float) -> bool:
                 axis.plot([low, high], [row, row], color=f"C{i}", lw=4, alpha=0.35, solid_capstyle="butt")
                 axis.plot([np.mean(values)], [row], "o", color=f"C{i}", ms=4, label=arm.title if rung == "" else None)
         axis.axvline(limit, color="red", lw=1, ls="--")
-        axis.set_xscale("symlog", linthresh=limit)
+        axis.set_xscale("symlog", linthresh=linear_part(limit))
         axis.set_xlim(left=0)
         axis.set_title(env, fontsize=8)
         axis.set_xlabel("cost per training episode,\nfirst fifth", fontsize=8)

@@ -763,6 +763,15 @@ def test_the_ladder_shows_the_rungs_that_were_run(tmp_path):
     assert rows[2][4] == "0 of 5 [0.00, 0.43]" and (tmp_path / "ladder.png").exists()
 
 
+@pytest.mark.parametrize("limit", [0.0, math.inf])
+def test_a_task_s_figures_of_any_limit(tmp_path, limit):
+    """Where no cost is allowed, and where every cost is."""
+    task = {name: make_run(name, cost_limit=limit) for name in ("marvel", "marvel+bare", "marvel+pid")}
+    report.ladder({ENV: task}, tmp_path, "")
+    report.section(ENV, task, tmp_path, "")
+    assert {path.name for path in tmp_path.rglob("*.png")} >= {"ladder.png", "learning.png", "multiplier.png"}
+
+
 def test_rungs_are_compared_on_the_seeds_that_all_have(tmp_path):
     csvs.write(make_run("marvel", seeds=7), tmp_path)
     csvs.write(make_run("marvel+bare", seeds=3), tmp_path)
