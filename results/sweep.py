@@ -416,6 +416,9 @@ def parse(arguments: list[str]):
         for x in value if isinstance(value, list) else [value]:
             if not x >= 0:
                 parser.error(f"--{flag.replace('_', '-')} {x}: must not be negative or NaN")
+    for x in options.limits:
+        if float(f"{x:g}") != x:  # of commands and file names
+            parser.error(f"--limits {x}: has more than six digits, which results are not told apart by: use {x:g}")
     if options.first_seed + options.seeds > 2**31:
         parser.error(f"--first-seed {options.first_seed} --seeds {options.seeds}: the last seed must be below 2147483648")
     for entry in options.args_for:
