@@ -172,11 +172,11 @@ def _consecutive(seeds: list[int], most: int) -> list[tuple[int, ...]]:
 
 
 def seconds_per_seed(options) -> dict[tuple[str, str], float]:
-    """(env, name) -> median measured seconds per seed, of finished runs and committed results."""
+    """(folder of the environment, name) -> median measured seconds per seed, of finished runs and committed results."""
     found: dict[tuple[str, str], list[float]] = {}
     for _, config in csvs.folders(options.runs):
         if isinstance(config.get("seconds"), (int, float)):
-            key = (config.get("env", ""), csvs.variant(config.get("algo", ""), config["config"]))
+            key = (csvs.folder(config.get("env", "")), csvs.variant(config.get("algo", ""), config["config"]))
             found.setdefault(key, []).append(config["seconds"] / config["config"].get("seeds", 1))
     for path in (ROOT / "results").glob("*/**/*.json"):
         key = (path.parent.relative_to(ROOT / "results").as_posix(), path.stem.split("@")[0])
@@ -190,7 +190,7 @@ def show_plan(jobs: list[Job], done: int, options) -> None:
     """--dry-run."""
     known, total, unknown = seconds_per_seed(options), 0.0, 0
     for job in jobs:
-        seconds = known.get((job.env, job.name))
+        seconds = known.get((csvs.folder(job.env), job.name))
         total += len(job.seeds) * (seconds or 0)
         unknown += seconds is None
         print(f"{job.label:60s} {duration(len(job.seeds) * seconds) if seconds else 'unknown':>10s}")

@@ -1051,6 +1051,14 @@ def test_dry_run_estimates_from_finished_runs(tmp_path, fakes, capsys):
     assert len(journal(tmp_path)) == 1
 
 
+def test_dry_run_estimates_from_committed_results_of_own_environments(tmp_path, fakes, capsys, monkeypatch):
+    """They are jobs of own_env:Own-v0, whose results lie in own_env/Own-v0/."""
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    csvs.write(make_run("sac_lag", env="own_env:Own-v0"), tmp_path / "results")  # 10 s, five seeds
+    assert sweep.main([*fakes, "--envs", "own_env:Own-v0", "--algos", "sac_lag", "--dry-run"]) == 0
+    assert re.search(r"own_env:Own-v0 sac_lag seeds 100-101 +4 s\n", capsys.readouterr().out)
+
+
 def test_failures_are_listed_with_their_log(tmp_path, fakes, capsys):
     code = sweep.main([*fakes, *ALL, "--args=--fail sac_lag", "--parallel=4"])
     out, err = capsys.readouterr()
