@@ -660,10 +660,6 @@ def test_the_release_preset_leaves_a_baseline_what_it_is():
     assert parsed(so2).updates_per_iter == 3 * parsed(naive_o2o).updates_per_iter > 0
 
 
-def test_there_are_enough_cases():
-    assert len(CASES) >= 60 and {case[0] for case in CASES} == set(ALGOS)
-
-
 @pytest.mark.parametrize("algo, words, texts", CASES, ids=[f"{algo} {words}" for algo, words, _ in CASES])
 def test_bad_input(algo, words, texts, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
