@@ -314,11 +314,13 @@ def test_the_integral_does_not_wind_up():
 @pytest.mark.parametrize("lagrangian", ["dual", "pid", "pid10", "apid"])
 @pytest.mark.parametrize("limit", [0.0, math.inf])
 def test_extreme_limits(algo, limit, lagrangian):
-    """No cost allowed, and no constraint (wherever lambda would start): lambda and gains stay finite."""
+    """No cost allowed, and no constraint (wherever lambda would start): lambda and gains stay finite; a cost raises the one's lambda."""
     args = algo.Args(lagrangian=lagrangian, cost_limit=limit)
-    m = init_multiplier(args)
+    m = start = init_multiplier(args)
     for cost in (0.0, 50.0, 20.0, 0.0, 80.0, 80.0, 3.0):
         m = update_multiplier(m, jnp.float32(cost), args)
+        if (limit, cost) == (0, 50):
+            assert m.integral > start.integral and m.value > 0
         assert np.isfinite(m.value) and np.all(np.isfinite(m.gains)), cost
         if limit == math.inf:
             assert m.value == 0
