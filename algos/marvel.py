@@ -19,14 +19,11 @@ outweighs lambda / reward_scale of raw reward.
 
 Deviations, P from the paper, R from the released code, each with the arguments that undo it; --preset release undoes all at once.
 Those of phase 1 are in cpq.py.
- 1 (R) VPA's entropy terms are per sample, not the batch mean of the log-probability, which cannot rank actions
-   (--vpa-entropy batch_mean).
- 2 (P, R) VPA takes fewer steps of larger batches (--vpa-steps 20000 --vpa-batch-size 64). Both critics have one step size, in phase 3,
-   too; R has two for each task, the same in both phases (--vpa-lr, --vpa-cost-lr, --critic-lr, --cost-critic-lr). At tau 0.005 and
-   2,500 steps Q was a third of what it became (--tau 0.005).
- 3 (R) The multiplier moves once per batch of newly ended episodes (--multiplier-updates 20), with tanh on Kp and divisions by d',
-   as in the paper (--gain-rule release). It is bounded (--max-multiplier inf). Its gains are larger than R's, which are 5e-6 at 20
-   updates per batch (--kp, --ki, --kd), and its averages are shorter (--pid-decay 0.9 --pid-delay 10 --gain-rates 0.05 0.05 0.05).
+ 1 (R) VPA's entropy terms are per sample; the mean over the batch cannot rank actions (--vpa-entropy batch_mean).
+ 2 (P, R) VPA takes fewer, larger batches (--vpa-steps 20000 --vpa-batch-size 64), targets follow faster (--tau 0.005), and both critics
+   have one step size, also in phase 3 (--vpa-lr, --vpa-cost-lr, --critic-lr, --cost-critic-lr: R's are those of phase 3 in both).
+ 3 (R) The multiplier moves once per batch of episodes (--multiplier-updates 20), as the paper says (--gain-rule release), within a bound
+   (--max-multiplier inf), by larger gains (--kp, --ki, --kd 5e-6) and shorter averages (--pid-decay 0.9 --pid-delay 10, --gain-rates).
  4 (P, R) The controller aims at (1 - reserve) d: while the return still rises, lambda lags behind the cost (--reserve 0).
  5 (P, R) The online actor is anchored to the offline policy pi_0; the anchor weakens (--anchor-weight 0). Where Q is nearly flat
    around a good policy, Adam makes steps of full size out of its noise.
@@ -35,21 +32,17 @@ Those of phase 1 are in cpq.py.
  8 (R) The actor's step size falls to zero, so that the last episodes are of a policy at rest (--actor-schedule constant).
  9 (R) The actor's loss takes the online critics (--actor-critics target).
 10 (P, R) symlog observations, LayerNorm critics, hidden layers of 128 (--no-symlog --no-layer-norm --hidden 256 256).
-11 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks (--no-privileged-critic). With Run's x,
-   Qc can tell a heading that leads out of the corridor.
-12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0): an ant that has fallen costs nothing any more, so
-   that a large lambda Qc would pay for falling.
+11 (P, R) Critics, never the policy, see what the cost depends on but the observation lacks (--no-privileged-critic): cpq.py, 9.
+12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0). Else a large lambda Qc would pay for falling.
 13 (P, R) Evaluations sample the policy, whose cost the multiplier controls (--eval-policy mean).
-14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, pre-alignment washes out of Q that unsafe states are worth nothing,
-   and lambda alone must hold the policy back.
+14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, Q forgets that unsafe states are worth nothing.
 15 (P, R) A batch of episodes counts as at most 2 d' of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
    --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
 16 (P, R) On the Run tasks all networks see the odometer (--no-odometer): cpq.py, 12.
 17 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
-Repairs of the released code, without a switch: time-outs never stop the bootstrap. Every phase starts with fresh optimisers; R takes up
-the actor's, and with it the step size of phase 1 instead of the one in its table. log pi is that of a tanh-Gaussian; in R the sign of
-the Gaussian's part is wrong. Phase 3's entropy is per sample; R takes the mean over the batch. The repeated updates of the multiplier (3)
-all come before the gradient steps; R makes one before each.
+Repairs of R without a switch: time-outs never stop the bootstrap; log pi is that of a tanh-Gaussian (R: the Gaussian's part has the
+wrong sign); phase 3's entropy is per sample (R: of the batch); phases start with fresh optimisers (R keeps the actor's, with the step size
+of phase 1, not its table's); the multiplier's repeated updates (3) come before the gradient steps (R: one before each).
 """
 
 import sys
@@ -104,11 +97,9 @@ class Args(VPAArgs, FinetuneArgs):
 
 
 RELEASE = dict(vpa_steps=20_000, vpa_batch_size=64, vpa_alpha_reward=0.0, vpa_alpha_cost=0.0, vpa_entropy="batch_mean", vpa_gate=False)
-_RATES = {  # phase 2 has the step sizes of phase 3
-    task: values | dict(vpa_lr=values["critic_lr"], vpa_cost_lr=values["cost_critic_lr"]) if "critic_lr" in values else values
-    for task, values in finetuning.RELEASE.items()
-}
-PRESETS = {"suite": finetuning.SUITE, "release": _RATES | {"*": _RATES["*"] | RELEASE}}
+_SAME = {"critic_lr": "vpa_lr", "cost_critic_lr": "vpa_cost_lr"}  # the release's step sizes of phase 3 are those of phase 2
+_TASKS = {task: values | {_SAME[k]: x for k, x in values.items() if k in _SAME} for task, values in finetuning.RELEASE.items()}
+PRESETS = {"suite": finetuning.SUITE, "release": _TASKS | {"*": _TASKS["*"] | RELEASE}}
 
 
 # ---------------------------------------------------------------- losses
