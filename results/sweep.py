@@ -172,8 +172,9 @@ def _consecutive(seeds: list[int], most: int) -> list[tuple[int, ...]]:
 
 
 def seconds_per_seed(options) -> dict[tuple[str, str], float]:
-    """(folder of the environment, name) -> median measured seconds per seed, of finished runs and committed results."""
+    """(folder of the environment, name) -> median measured seconds per seed of finished runs, else of committed results."""
     found: dict[tuple[str, str], list[float]] = {}
+    committed: dict[tuple[str, str], list[float]] = {}
     for _, config in csvs.folders(options.runs):
         if isinstance(config.get("seconds"), (int, float)):
             key = (csvs.folder(config.get("env", "")), csvs.variant(config.get("algo", ""), config["config"]))
@@ -181,9 +182,9 @@ def seconds_per_seed(options) -> dict[tuple[str, str], float]:
     for path in (ROOT / "results").glob("*/**/*.json"):
         key = (path.parent.relative_to(ROOT / "results").as_posix(), path.stem.split("@")[0])
         for part in csvs.read_json(path).get("runs", ()):
-            if key not in found and part.get("seconds"):
-                found[key] = [part["seconds"] / len(part["seeds"])]
-    return {key: statistics.median(values) for key, values in found.items()}
+            if part.get("seconds"):
+                committed.setdefault(key, []).append(part["seconds"] / len(part["seeds"]))
+    return {key: statistics.median(values) for key, values in (committed | found).items()}
 
 
 def show_plan(jobs: list[Job], done: int, options) -> None:
