@@ -42,7 +42,7 @@ ALGOS = {  # a control is an argument
     # marvel --vpa-steps 0 is the same
     "naive_o2o+apid": Arm("naive finetuning, adaptive PID", "naive_o2o", "--lagrangian apid", "cpq"),
 }
-OFFLINE = ("cpq", "bc_safe", "bc_safe+best", "bear_lag")  # without an online phase
+OFFLINE = ("cpq", "bc_safe", "bc_safe+best", "bear_lag", "cpq+published")  # without an online phase
 COMPARED = tuple(ALGOS)  # what a bare sweep runs and the comparisons show; what follows has tables of its own
 PLAIN = [name for name in ALGOS if "+" not in name]
 CONTROLS = ["marvel", *(name for name in ALGOS if "+" in name and name not in OFFLINE)]
@@ -56,13 +56,17 @@ BUDGETS = {  # name: (the offline phase, its arguments)
 }
 ENTROPY = "--vpa-entropy sample --vpa-alpha-reward 0.002 --vpa-alpha-cost 0.001"  # the paper's; the release runs without
 RELEASE = {  # name, with {} for the budget
+    "cpq+{}": Arm("CPQ (offline)", "cpq"),
     "naive_o2o+{}": Arm("naive finetuning, adaptive PID", "naive_o2o"),
     "marvel+{}": Arm("Marvel", "marvel", ENTROPY),
     "marvel+{}+fqe": Arm("Marvel without entropy terms", "marvel"),
 }
 for _budget, (_what, _steps) in BUDGETS.items():
     for _name, _arm in RELEASE.items():
-        _arguments = f"--preset release --iterations 100 {_steps} {_arm.arguments}".strip()
+        if _arm.script == "cpq" and _budget == "release":  # the finetuners' rows say how it ends
+            continue
+        _online = "" if _arm.script == "cpq" else "--iterations 100 "
+        _arguments = f"--preset release {_online}{_steps} {_arm.arguments}".strip()
         ALGOS[_name.format(_budget)] = Arm(f"{_arm.title}; release, offline {_what}", _arm.script, _arguments, f"cpq+{_budget}")
 
 # What carries the results: what the suite adds to the paper, taken away or alone, for Marvel and for naive finetuning with its controller.

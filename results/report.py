@@ -281,14 +281,14 @@ def release(tasks: dict[str, Task]) -> list[str]:
                 run, naive = task.get(name.format(budget)), f"naive_o2o+{budget}"
                 if run is None:
                     continue
-                found, better = alive(run), {}
-                if run.name != naive:
-                    better = compared({env: task}, run.name, naive)
-                rows.append([
-                    env, what, arm.title, str(len(run.seeds)), spread(found["offline_return"]), cost_spread(found["offline_cost"]),
-                    ratio(*within(run)), spread(found["return"]), cost_spread(found["cost"]),
-                    cost_spread(found["early_cost"]), cost_spread(found["train_cost"]), estimate(better["final"]) if better else "-",
-                ])  # fmt: skip
+                found, row = alive(run), [env, what, arm.title, str(len(run.seeds))]
+                row += [spread(found["offline_return"]), cost_spread(found["offline_cost"]), ratio(*within(run))]
+                if run.name in OFFLINE:
+                    rows.append(row + ["-"] * 5)
+                    continue
+                better = compared({env: task}, run.name, naive) if run.name != naive else {}
+                costs = [cost_spread(found[key]) for key in ("cost", "early_cost", "train_cost")]
+                rows.append([*row, spread(found["return"]), *costs, estimate(better["final"]) if better else "-"])
     if not rows:
         return []
     header = "task, offline phase, algorithm, seeds, offline return, offline cost, within the limit, return, cost, "
