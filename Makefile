@@ -58,7 +58,7 @@ run: setup  ## Train: make run ENV=SafetyAntRun ALGO=marvel ARGS='...'
 
 WHERE = $(if $(RUNS),--runs $(RUNS)) $(if $(ENVS),--envs $(ENVS)) $(if $(ALGOS),--algos $(ALGOS))
 
-sweep: setup  ## Run what is missing: make sweep ENVS='...' ALGOS='...' SEEDS=5 LIMITS=20 ARGS='...' STUDY=file OPTIONS=--dry-run
+sweep: setup  ## Run what runs/ lacks: make sweep ENVS='...' ALGOS='...' SEEDS=5 LIMITS=20 ARGS='...' STUDY=file OPTIONS=--dry-run
 	$(PY) results/sweep.py $(if $(STUDY),@$(STUDY)) $(WHERE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIMITS),--limits $(LIMITS)) \
 		$(if $(ARGS),--args='$(subst ','\'',$(ARGS))') $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(ADDRESS),--address $(ADDRESS)) \
 		$(if $(GPUS),--gpus $(GPUS)) $(OPTIONS)

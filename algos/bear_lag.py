@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     logbook.check_numbers(args, {"offline_steps": CHUNK})
     if args.eval:
         return training.replay_checkpoint(args)
-    run = training.prepare("bear_lag", args)
+    run = training.prepare(Path(__file__).stem, args)
     training.finish(run, pretrain(run))
 
 

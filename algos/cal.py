@@ -147,7 +147,7 @@ def main(args: Args) -> None:
         return training.replay_checkpoint(args)
     if args.init_multiplier == 0:
         raise logbook.BadInput(f"--init-multiplier {args.init_multiplier}: must be positive: CAL learns its logarithm")
-    run = finetuning.prepare("cal", args)
+    run = finetuning.prepare(Path(__file__).stem, args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)
     training.finish(run, params)

@@ -72,6 +72,7 @@ def load(path: Path, foreign: bool = False) -> tuple[Arrays, dict]:
 
     With `foreign`, also of other safetensors files, whose meta is empty.
     """
+    path = Path(path)
     try:
         with safetensors.safe_open(path, "numpy") as file:
             header = file.metadata() or {}
@@ -85,7 +86,8 @@ def load(path: Path, foreign: bool = False) -> tuple[Arrays, dict]:
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
         intact = False
     if not intact:
-        raise BadInput(f"{path}: not a checkpoint of this suite, or damaged: name another, or delete it to have it made anew")
+        mend = "delete it to have it made anew" if "offline" in path.parts else "name a checkpoint-seed*.safetensors of a run folder"
+        raise BadInput(f"{path}: {'a folder' if path.is_dir() else 'damaged, or no checkpoint of this suite'}: {mend}")
     return arrays, meta
 
 

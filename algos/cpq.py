@@ -270,7 +270,7 @@ def main(args: Args) -> None:
     logbook.check_numbers(args, {"offline_steps": CHUNK})
     if args.eval:
         return training.replay_checkpoint(args)
-    run = training.prepare("cpq", args, cloned=cloned)
+    run = training.prepare(Path(__file__).stem, args, cloned=cloned)
     training.finish(run, pretrain(run))
 
 

@@ -183,7 +183,7 @@ def compare(folders: list[Path], path: Path) -> Path:
         raise CurvesError(f"runs of {' and '.join(tasks)}: name runs of one task only, returns of several do not compare")
     if len(runs) > len(COLOURS):
         raise CurvesError(f"{len(runs)} runs: name at most {len(COLOURS)}, or nobody can tell their colours apart")
-    labels = ["return,\nevaluations", "cost,\nevaluations", "mean cost of all\ntraining episodes\nuntil then", "multiplier"]
+    labels = ["return,\nevaluations", "cost,\nevaluations", "mean cost of the\ntraining episodes", "multiplier"]
     figure, axes = panels(runs, labels, [2.2, 2.2, 1.8, 1.2], [1, 2])
     for phase, column in axes.items():
         for run, colour in zip(runs, COLOURS):

@@ -161,7 +161,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare("jsrl", args)
+    run = finetuning.prepare(Path(__file__).stem, args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)
     training.finish(run, params)

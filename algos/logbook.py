@@ -316,6 +316,8 @@ class Logbook:
             self._open("r+b")
             self._take_up()
         else:
+            if wants_resume:
+                print(f"--resume: {runs} has no unfinished run of these arguments: a new one begins", file=sys.stderr)
             self.folder = runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
             self.folder.mkdir(parents=True)
             self._open("xb")
@@ -559,7 +561,8 @@ class Logbook:
             named = ", ".join(map(str, sorted(self._diverged)))
             print(f"  diverged: {len(self._diverged)} of {len(self.seeds)} seeds, left out below: {named}")
         if dataset.get("safe_return_p90") is not None:
-            print(f"  dataset: best safe return {dataset['safe_return_best']:.0f}, 90th percentile {dataset['safe_return_p90']:.0f}")
+            best, high = dataset["safe_return_best"], dataset["safe_return_p90"]
+            print(f"  dataset's safe returns: best {best:.0f}, 90th percentile {high:.0f}")
         alive = [seed for seed in self.seeds if seed not in self._diverged]
         rows = [row for row in self.rows if row["seed"] in alive]
         evals = [row for row in rows if row["event"] == "eval"]
@@ -567,7 +570,7 @@ class Logbook:
             of_seed = lambda seed: [row for row in evals if (row["phase"], row["seed"]) == (phase, seed)]
             last = [of_seed(seed)[-1] for seed in alive if of_seed(seed)]
             value = lambda key: np.array([float(row.get(key, "nan")) for row in last])  # a simulator may give what is not finite
-            spread = lambda key: f"{value(key).mean():8.1f} +- {value(key).std():6.1f}"
+            spread = lambda key: f"{value(key).mean():8.1f}" + (f" +- {value(key).std():6.1f}" if value(key).size > 1 else "")
             print(f"  {phase + ':':9s} return {spread('return')}   cost {spread('cost')}")
         train = [row for row in rows if row["event"] == "train" and row["phase"] == "online"]
         if train:

@@ -210,7 +210,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare("marvel", args, {"vpa_steps": CHUNK}, args.vpa_steps > 0)
+    run = finetuning.prepare(Path(__file__).stem, args, {"vpa_steps": CHUNK}, args.vpa_steps > 0)
     params = finetuning.pretrain(run)
     params = vpa_phase(run, params)
     params = online_phase(run, params)

@@ -101,7 +101,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare("naive_o2o", args)
+    run = finetuning.prepare(Path(__file__).stem, args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)
     training.finish(run, params)

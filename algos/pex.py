@@ -166,7 +166,7 @@ def replay_checkpoint(args: Args) -> None:
 def main(args: Args) -> None:
     if args.eval:
         return replay_checkpoint(args)
-    run = finetuning.prepare("pex", args)
+    run = finetuning.prepare(Path(__file__).stem, args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)
     training.finish(run, params)

@@ -239,7 +239,7 @@ def main(args: Args) -> None:
         raise logbook.BadInput(f"--env-steps {args.env_steps}: must be at least --num-envs * --steps-per-block")
     if args.eval:
         return training.replay_checkpoint(args)
-    run = training.prepare("sac_lag", args, dataset=False)
+    run = training.prepare(Path(__file__).stem, args, dataset=False)
     training.finish(run, online_phase(run))
 
 

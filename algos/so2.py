@@ -119,7 +119,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare("so2", args)
+    run = finetuning.prepare(Path(__file__).stem, args)
     params = finetuning.pretrain(run)
     params = online_phase(run, params)
     training.finish(run, params)

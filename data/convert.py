@@ -551,6 +551,8 @@ def main(words: list[str] | None = None) -> None:
     if args.to and not args.to.startswith("minari/"):
         words_of.error(f"--to {args.to}: must be minari/NAME-v0")
     if args.out:
+        if Path(args.source).exists() and args.out.exists() and args.out.samefile(args.source):
+            words_of.error(f"{args.out}: is the file to convert, which would be lost: name another for the output")
         dsrl.check_output(args.out)
         dsrl.check_output(args.out.with_suffix(".png"), (".png",))
     env, options = environment(args.env, args.horizon) if args.env else None, options_of(args)

@@ -58,8 +58,10 @@ class Recorder(gymnasium.Wrapper):
         """
         if isinstance(env, gymnasium.vector.VectorEnv):
             raise dsrl.DatasetError(f"{env}: a vector of environments; record one environment at a time")
+        if not isinstance(env, gymnasium.Env):
+            raise dsrl.DatasetError(f"{env}: no gymnasium environment; a task of this suite is one as envs.gym_make(NAME)")
         super().__init__(env)
-        inner = env
+        inner: Any = env
         while inner is not inner.unwrapped:
             if "autoreset" in type(inner).__name__.lower():
                 raise dsrl.DatasetError(f"{env}: resets by itself, which hides an episode's last observation; wrap the Recorder with it")
@@ -101,7 +103,6 @@ class Recorder(gymnasium.Wrapper):
             raise ValueError(f"an action with NaN: {' '.join(str(action).split()):.60}; mend the policy")
         before, self._obs = self._obs, None  # until the step is in: an episode that lacks one cannot go on
         acted = np.clip(action.astype(space.dtype), space.low, space.high)
-        self._acted = True
         out = self.env.step(acted)
         if len(out) == 6:
             obs, reward, cost, terminated, truncated, _ = out
@@ -123,6 +124,7 @@ class Recorder(gymnasium.Wrapper):
             self._episodes.append(episode)
         else:
             self._obs = following
+        self._acted = True  # not by a step that failed: that has been told
         return out
 
     def save(self) -> Path:

@@ -198,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
         new = csvs.fresh(options.runs, options.envs, options.algos)
         old = csvs.baselines(options.results, options.envs, options.algos)
         if not new:
-            parser.error(f"{options.runs}: no finished run: make some with `make sweep` or `make run`, or name the folder with --runs")
+            of = " of " + ", ".join([*(options.envs or []), *(options.algos or [])]) if options.envs or options.algos else ""
+            parser.error(f"{options.runs}: no finished run{of}: make some with `make sweep` or `make run`, or name the folder with --runs")
         if options.accept:
             accept(new, old, options.results, options.drop_seeds)
             return 0
