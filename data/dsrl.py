@@ -269,7 +269,7 @@ def load(
     _check_layout(path, layout)
     # gymnasium's ids may carry the module that registers them, as in `own_env:OwnPoint-v0`.
     if env is not None and envs.recorded(str(attributes.get("env", env))).rpartition(":")[2] != env.rpartition(":")[2]:
-        mend = f"use a dataset of {env}; if it fits, `python -m data.convert {path} OUT.hdf5 --env {env}` makes it one"
+        mend = f"use a dataset of {env} (if this one fits, `python -m data.convert {path} OUT.hdf5 --env {env}` makes it one)"
         raise _error(path, f"wrong task: collected on {attributes['env']}, wanted {env}", mend)
     _check_sizes(path, layout, env, obs_size, action_size)
     declared = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in layout.values())
