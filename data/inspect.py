@@ -227,7 +227,7 @@ def main(words: list[str] | None = None) -> None:
         try:
             env = convert.environment(str(about["env"]), args.horizon)
         except envs.UnknownName as e:
-            notes.append(f"not compared with {about['env']}: {e}")
+            notes.append(f"not compared with {about['env']}: {e}; of an environment of your own: --env MODULE:{about['env']}")
         else:
             arrays = {key: value for key, value in dataset._asdict().items() if value is not None}
             dsrl.check(args.source, arrays, env=env.name, obs_size=env.obs_size, action_size=env.action_size)

@@ -36,6 +36,8 @@ def _checked(action, space: spaces.Box) -> np.ndarray:
     action = np.asarray(action, np.float32)
     if action.shape != space.shape:
         raise ValueError(f"an action of shape {action.shape}: must be {space.shape}")
+    if np.isnan(action).any():
+        raise ValueError(f"an action with NaN: {' '.join(str(action).split()):.60}; mend the policy")
     return action
 
 

@@ -154,3 +154,5 @@ def test_misuse_is_refused():
         env.reset(seed=0)
         with pytest.raises(ValueError, match=r"an action of shape \(3,\): must be"):
             env.step(np.zeros(3))
+        with pytest.raises(ValueError, match="an action with NaN: "):
+            env.step(np.full(env.action_space.shape, np.nan))
