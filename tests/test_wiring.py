@@ -14,6 +14,7 @@ from algos.training import Learner, Run
 from data import dsrl, replay
 from envs.rollout import Batch, Episodes
 from tests import probes
+from tests.test_maths import GAMMA, SCALE, cloned, features, next_action, numbers, setting
 
 ENV = "SafetyPointRun"
 SMALL = dict(
@@ -145,8 +146,6 @@ def test_an_iteration_of_the_online_phase(freeze, critics):
 def test_vpa_s_critics_keep_the_gate():
     """One step of phase 2 by hand: the gate is a quantile of Qc' over the cloned data, alpha_c h counts in what it compares, and what is
     behind it is worth nothing, its entropy neither."""
-    from tests.test_maths import GAMMA, SCALE, cloned, features, next_action, numbers, setting
-
     fixed, batch, actor, critics, targets = setting(
         marvel, vpa_alpha_reward=0.3, vpa_alpha_cost=0.2, gate_quantile=0.5, termination_cost=0.0, tau=0.0
     )
