@@ -46,6 +46,9 @@ COLUMNS = (  # those of algos/logbook.py; a test compares
     "cost_limit config_hash commit dataset_hash"
 ).split()
 LATER = frozenset("return_se cost_se share_above worst_tenth".split())  # columns that older files lack
+TRIED_KEY = ("algo", "env", "arguments", "seeds")  # of tried.csv (tune.py)
+TRIED_NUMBERS = tuple("share_safe return cost worst_cost train_cost first_fifth offline_return offline_cost diverged minutes".split())
+TRIED = (*TRIED_KEY, *TRIED_NUMBERS, "commit")
 TEXT = frozenset("env algo phase event config_hash commit dataset_hash".split())
 COUNTS = frozenset("seed gradient_steps env_steps".split())
 EVENTS = ("eval", "train", "rank", "diverged")
@@ -72,14 +75,16 @@ def can_be_task(name: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Command lines whose errors are one line; @FILE reads arguments from a file, one a line, # starts a comment."""
+    """Command lines whose errors are one line; @FILE reads arguments from a file, # starts a comment."""
 
     def __init__(self, description: str):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        line = line.split("#")[0].strip()
-        return [line] if line else []
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            raise BadInput(f"{line.strip()} ({error}): close it") from None
 
     def error(self, message: str):
         raise BadInput(message)
@@ -100,8 +105,8 @@ def read(path: Path) -> list[dict]:
     """The rows of a results CSV: text, int (seed, steps) or float, NaN where absent.
 
     Raises:
-      BadInput: not a CSV, a column missing, a value of the wrong kind, a repeated row, no rows, or rows of several
-        environments, algorithms or cost limits.
+      BadInput: not a CSV, a column missing, a value of the wrong kind, a repeated row, no rows, rows of several
+        environments, algorithms or cost limits, or seeds that end at different steps.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -137,6 +142,13 @@ def read(path: Path) -> list[dict]:
         found = sorted({str(row[column]) for row in rows})
         if len(found) > 1:
             raise BadInput(f"{path}: holds several values of {column} ({', '.join(found[:3])}): split it into one file each")
+    ends: dict[int, int] = {}
+    for row in rows:
+        ends[row["seed"]] = max(ends.get(row["seed"], 0), row["env_steps"])
+    kept = {seed: end for seed, end in ends.items() if seed not in diverged}
+    for seed, end in kept.items():
+        if end < max(kept.values()):
+            raise BadInput(f"{path}: seed {seed} ends at env_steps {end}, others at {max(kept.values())}: cut off? run again")
     return rows
 
 
@@ -340,23 +352,36 @@ def fresh(runs: Path, envs: list[str] | None = None, algos: list[str] | None = N
 
 
 def baselines(results: Path, envs: list[str] | None = None, algos: list[str] | None = None) -> dict[tuple, Run]:
-    """(env, name, limit) -> committed run."""
-    runs = [load(path) for path in sorted(results.glob("*/**/*.csv")) if path.relative_to(results).parts[0] != "speed"]
-    return {run.key: run for run in runs if (not envs or run.env in envs) and (not algos or run.name in algos)}
+    """(env, name, limit) -> committed run; BadInput if two files are of one key."""
+    found: dict[tuple, Run] = {}
+    for path in sorted(results.glob("*/**/*.csv")):
+        if path.relative_to(results).parts[0] == "speed":
+            continue
+        run = load(path)
+        if run.key in found:
+            raise BadInput(f"{path}: of the same task, algorithm and cost limit as {found[run.key].path}: move one of them away")
+        found[run.key] = run
+    return {key: run for key, run in found.items() if (not envs or run.env in envs) and (not algos or run.name in algos)}
 
 
-def tried(results: Path) -> list[dict[str, str]]:
-    """The rows of results/tried.csv, which tune.py writes; [] without that file."""
-    path = results / "tried.csv"
+def tried(path: Path) -> list[dict[str, str]]:
+    """The rows of a tried.csv, which tune.py writes; [] without that file, BadInput if it is damaged."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 2):
+        bad = [c for c in TRIED if not row.get(c) and c in TRIED_KEY or row.get(c) is None]
+        bad += [c for c in TRIED_NUMBERS if row.get(c) and not NUMBER.fullmatch(row[c])]
+        if bad or None in row:
+            what = f"column {bad[0]}" if bad else "number of fields"
+            raise BadInput(f"{path}: row {number}: {what} is not as results/tune.py writes it: restore the file")
+    return rows
 
 
 def tries(results: Path) -> dict[tuple[str, str], int]:
     """(script, task) -> number of settings of it that were tried there."""
-    return dict(collections.Counter((row["algo"], row["env"]) for row in tried(results)))
+    return dict(collections.Counter((row["algo"], row["env"]) for row in tried(results / "tried.csv")))
 
 
 # Arguments of BEAR-Lag alone, which every finetuner's configuration lists: elsewhere a new default changes nothing.

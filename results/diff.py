@@ -138,10 +138,10 @@ def table(pairs: list[tuple[str, Run | None, Run | None]], confidence: float, ma
     return text + ["", f"{worse} worse of {compared} compared; about {chance:.1f} by chance alone if nothing had changed"], worse
 
 
-def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path, drop: bool = False) -> None:
+def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path, replace: bool = False) -> None:
     """Writes fresh runs as baselines; keeps a baseline's further seeds if configuration, dataset and kind of seeds are the same.
 
-    BadInput, before anything is written, where they are not and seeds would be lost; with `drop` they are.
+    BadInput, before anything is written, where they are not; with `replace` the baseline is replaced.
     """
     for key, run in fresh.items():
         old = baselines.get(key)
@@ -150,11 +150,10 @@ def accept(fresh: dict[tuple, Run], baselines: dict[tuple, Run], results: Path, 
                 f"{run.path}: seeds that settings may be chosen on do not replace the unseen ones of {old.path}: "
                 f"run seeds from {csvs.UNSEEN} on (make sweep), or name other --envs or --algos"
             )
-        lost = set(old.seeds) - set(run.seeds) if old and not csvs.same_experiment(old, run) else set()
-        if old and lost and not drop:
+        if old and not csvs.same_experiment(old, run) and not replace:
             raise csvs.BadInput(
-                f"{run.path}: of another configuration or dataset than {old.path}, whose seeds {_listed(lost)} would be lost: "
-                "run these too, name other --envs or --algos, or add --drop-seeds"
+                f"{run.path}: of another configuration or dataset than {old.path}, whose seeds {_listed(old.seeds)} would be lost: "
+                "`make diff` says what differs; name other --envs or --algos, or add --replace"
             )
     for key, run in sorted(fresh.items()):
         old = baselines.get(key)
@@ -184,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--confidence", type=float, default=0.99, help="of the intervals (default 0.99: many are compared at once)")
     parser.add_argument("--margin", type=float, default=0.02, help="relative difference that is never worse nor better (default 0.02)")
     parser.add_argument("--accept", action="store_true", help="write the fresh runs to --results instead of comparing")
-    parser.add_argument("--drop-seeds", action="store_true", help="with --accept: let fewer seeds of another configuration replace more")
+    parser.add_argument("--replace", action="store_true", help="with --accept: also replace baselines of another configuration")
     options = parser.parse_args(arguments)
     if not 0 < options.confidence < 1 or not options.margin >= 0:
         parser.error("--confidence must be between 0 and 1 and --margin not negative")
@@ -200,8 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not new:
             of = " of " + ", ".join([*(options.envs or []), *(options.algos or [])]) if options.envs or options.algos else ""
             parser.error(f"{options.runs}: no finished run{of}: make some with `make sweep` or `make run`, or name the folder with --runs")
+        for place, flag, names in ((0, "--envs", options.envs), (1, "--algos", options.algos)):
+            for name in set(names or ()) - {key[place] for key in new.keys() | old.keys()}:
+                parser.error(f"{flag} {name}: neither a finished run in {options.runs} nor a baseline in {options.results} is of it")
         if options.accept:
-            accept(new, old, options.results, options.drop_seeds)
+            accept(new, old, options.results, options.replace)
             return 0
         pairs = [(f"{key[0]} {csvs.stem(*key[1:])}", old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
     lines, worse = table(pairs, options.confidence, options.margin)

@@ -1,8 +1,8 @@
 """What a run achieved, per seed, and what can be said of it: intervals and comparisons.
 
 Intervals of means are studentised bootstraps over seeds (bootstrap-t; Efron and Tibshirani 1993, chapter 12), never narrower than
-Student's t. Costs are skewed, and of a lognormal variable the percentile bootstrap and Student's t cover the mean in 80% of
-the cases instead of 95%; these do in 90% (`test_intervals_cover_the_mean`). Shares of seeds have Wilson's interval.
+Student's t. Costs are skewed. For lognormal costs, the percentile bootstrap and Student's t contain the mean in only 80% of the
+cases; these do in 90% (`test_intervals_cover_the_mean`). Shares of seeds have Wilson's interval.
 Probabilities of improvement have Newcombe's (2006, method 5), which is wider than a point also where every seed of one beats every
 seed of the other. Intervals of means over tasks are put together from those of the tasks (MOVER; Zou and Donner 2008). Without a
 difference, one comparison in twenty to twelve gets a verdict; of percentile bootstraps of five seeds it was one in nine
@@ -29,7 +29,6 @@ MEANING = {
     "offline_cost": "mean undiscounted cost of that evaluation",
     "return": "mean undiscounted return of the last evaluation of the run",
     "cost": "mean undiscounted cost of that evaluation",
-    "cost_se": "standard error of that cost over the evaluated episodes",
     "share_above": "share of those episodes whose cost is above the limit",
     "worst_tenth": "mean cost of the most costly tenth of those episodes",
     "auc": "area under the curve of evaluation returns over environment steps, divided by their number: the mean return "
@@ -37,7 +36,6 @@ MEANING = {
     "training_cost": "cost of all online training episodes, summed",
     "train_cost": "that sum per episode",
     "early_cost": "the same of the first fifth of the online training",
-    "cost_rate": "that sum per environment step",
     "regret": f"violation regret: the cost above the limit of the online training episodes, summed: max(0, mean cost - limit) "
     f"times episodes, over consecutive blocks of at least {BLOCK} episodes",
     "episodes_to_safe": f"online training episodes before the first {WINDOW} whose mean cost is at most the limit; a median",
@@ -64,7 +62,7 @@ def _measure(run: Run, seed: int) -> dict:
     if offline:
         out |= {"offline_return": offline[-1]["return"], "offline_cost": offline[-1]["cost"]}
     if evals:
-        out |= {key: evals[-1][key] for key in ("return", "cost", "cost_se", "share_above", "worst_tenth")}
+        out |= {key: evals[-1][key] for key in ("return", "cost", "share_above", "worst_tenth")}
     before = [row for row in evals if row["phase"] != "online"]
     curve = (before[-1:] if online and online[0]["env_steps"] > 0 else []) + online
     steps, returns = [row["env_steps"] for row in curve], [row["return"] for row in curve]
@@ -77,13 +75,11 @@ def _measure(run: Run, seed: int) -> dict:
     costs = np.array([row["cost"] for row in train]) * episodes
     blocks = np.array(_blocks(episodes, costs))
     early = max(1, math.ceil(len(train) / 5))
-    length = sum(row["length"] * row["episodes"] for row in train)
     return out | {
         "training_episodes": episodes.sum(),
         "training_cost": costs.sum(),
         "train_cost": costs.sum() / episodes.sum(),
         "early_cost": costs[:early].sum() / episodes[:early].sum(),
-        "cost_rate": costs.sum() / length if length > 0 else math.nan,
         "regret": np.maximum(0, blocks[:, 1] - run.cost_limit * blocks[:, 0]).sum(),
         **_episodes_to_safe(blocks, run.cost_limit),
     }
@@ -264,9 +260,11 @@ def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], other_tasks: bool = 
     found = [superiority(x, y) for x, y in tasks]
     mean, low, high = over_tasks(found)
     if other_tasks:
-        between = interval([p for p, _, _ in found])
-        low, high = float(np.clip(min(low, between[0]), 0, 1)), float(np.clip(max(high, between[1]), 0, 1))
-        low, high = (low, high) if len(tasks) > 1 else (math.nan, math.nan)
+        if len(tasks) < 2:
+            return mean, math.nan, math.nan
+        # Student's t: probabilities are not skewed as costs are, and from five of them the bootstrap-t is twice as wide.
+        reach = scipy.stats.t.ppf(0.975, len(tasks) - 1) * _standard_error(np.array([p for p, _, _ in found]))
+        low, high = max(0.0, min(low, mean - reach)), min(1.0, max(high, mean + reach))
     return mean, low, high
 
 

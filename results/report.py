@@ -22,6 +22,12 @@ PROFILES = (
     "better, and at 1 stands the share of unsafe runs. A diverged run has the lowest return and the highest cost."
 )
 
+COLUMNS = {  # measure: its column, where the two differ
+    "share_above": "episodes above it", "auc": "AUC", "train_cost": "cost per training episode",
+    "early_cost": "of the first fifth", "regret": "violation regret", "episodes_to_safe": "episodes to safe",
+    "episodes_to_stay": "to stay safe", "training_cost": "training cost (only in `make diff`)",
+}  # fmt: skip
+
 # ---------------------------------------------------------------- numbers as text
 
 
@@ -30,7 +36,7 @@ def number(x: float) -> str:
         return "-"
     if math.isinf(x):
         return "never"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    return f"{x:,.0f}" if abs(x) >= 999.5 else f"{x:.3g}"
 
 
 def spread(values, least: float = -math.inf) -> str:
@@ -121,21 +127,21 @@ def claims(tasks: dict[str, Task]) -> list[str]:
         rows.append([claim, against, count, *(f"**{text}**" if k == key else text for k, text in cells.items()), judged])
     own = {env: (alive(task["marvel"]), task["marvel"]) for env, task in tasks.items() if "marvel" in task}
     if own:
-        safe = [env for env, (m, run) in own.items() if m["cost"].size and m["cost"].mean() <= run.cost_limit]
-        soon = [env for env, (m, _) in own.items() if measures.median(m["episodes_to_stay"]) <= 100]
+        seeds = sum(len(run.seeds) for _, run in own.values())
+        safe = sum(within(run)[0] for _, run in own.values())
+        soon = sum(int((m["episodes_to_stay"] <= 100).sum()) for m, _ in own.values())
         for claim, kept in (("Marvel ends safe", safe), ("... and stays safe after at most 100 online episodes", soon)):
-            judged = "supported" if len(kept) == len(own) else "contradicted" if not kept else f"supported on {', '.join(kept)} only"
-            rows.append([claim, "tasks where it holds", str(len(own)), f"{len(kept)} of {len(own)}", "-", "-", judged])
+            rows.append([claim, "share of seeds", f"{len(own)} ({seeds})", f"**{ratio(kept, seeds)}**", "-", "-", "-"])
     return [
         "## What the numbers say about the paper's claims",
         "",
         "Each line compares the runs below. A claim is *supported* if the 95% interval of the bold number lies above "
         "chance (0.5; 0 for correlations), *contradicted* if below, else *undecided*. final: a seed beats another if it ends "
         "safe and the other does not; two safe seeds are compared by return, two unsafe ones by cost. A claim without its "
-        "control proves nothing, so the controls are lines of their own. By chance alone one line in twenty to twelve gets a "
-        "verdict. Two algorithms are compared on the seeds that both have. "
-        "† the environment steps of the two differ. ‡ on a task, they start from offline checkpoints of the same seeds, but of two runs "
-        "of phase 1 (see `algos/README.md`, Reading a run).",
+        "control proves nothing, so the controls are lines of their own. Even without any difference, 5 to 8% of the lines get a "
+        "verdict. Two algorithms are compared on the seeds that both have. † the environment steps of the two differ. ‡ on some task, "
+        "the two start from different offline checkpoints, because phase 1 was run twice (see `algos/README.md`, Reading a run). Shares "
+        "of seeds get no verdict.",
         "",
         *markdown(["claim", "number", "tasks (seeds)", "final", "return", "violation regret", "verdict"], rows),
         "Data: the commands under each task below; table: `make report`.",
@@ -175,7 +181,8 @@ def over_tasks(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "Interquartile mean of the normalised final return and share of tasks with a mean final cost within the limit; "
         "probability that a seed of Marvel is better than one of the line's algorithm (final, as above; by return; by less "
         'violation regret), mean over tasks. 95% intervals: by the seeds of these tasks; "other tasks": by the spread between the tasks as '
-        "well, as for the mean over many tasks of this kind. Lines over other tasks are not comparable; the tables per task follow below.",
+        "well, as for the mean over many tasks of this kind. Do not compare two lines that cover different tasks. The tables per task "
+        "follow below.",
         "",
         *markdown(
             [
@@ -209,8 +216,8 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
             cells = []
             for column in RANKS:
                 before, after = measures.ranks(task[name], column).T
-                change = spread(after - before)
-                cells.append("-" if change == "-" else f"{np.nanmean(before):.2f} → {np.nanmean(after):.2f}; {change}")
+                change, seeds = spread(after - before), measures.finite(after - before).size
+                cells.append("-" if change == "-" else f"{np.nanmean(before):.2f} → {np.nanmean(after):.2f}; {change} ({seeds})")
             rows.append([env, title(name), *cells])
     if not rows:
         return []
@@ -219,7 +226,8 @@ def alignment(tasks: dict[str, Task], folder: Path, suffix: str) -> list[str]:
         "## Does pre-alignment improve the critics?",
         "",
         "Spearman rank correlation of Q and Qc with Monte-Carlo returns and costs of the policy, on states of its own and of "
-        "random rollouts: before → after pre-alignment (means over seeds); mean change with its 95% interval over seeds.",
+        "random rollouts: before → after pre-alignment (means over seeds); mean change with its 95% interval over seeds, and (seeds). A "
+        "correlation needs costs or returns that differ, so some seeds have none.",
         "",
         *markdown(["task", "algorithm", *RANKS.values()], rows),
         *([f"![Rank correlations before and after](alignment{suffix}.png)", ""] if drawn else []),
@@ -371,7 +379,7 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         "",
     ]
     lines += markdown(header.split(", "), rows) + (missing(task) if limit == csvs.LIMIT else []) + [f"{data}; table: `make report`.", ""]
-    place, controls = folder / env, [name for name in CONTROLS[1:] if name in task]
+    place, controls = folder / csvs.folder(env), [name for name in CONTROLS[1:] if name in task]
     for kind, what, drawn in (
         (
             "learning",
@@ -386,7 +394,7 @@ def section(env: str, task: Task, folder: Path, suffix: str) -> list[str]:
         ("multiplier", "Training cost, multiplier and gains", figures.draw_multipliers(task, place / f"multiplier{suffix}.png")),
     ):
         if drawn:
-            lines += [f"![{what} on {env}]({env}/{kind}{suffix}.png)", "", f"{what}. {data}; figure: `make report`.", ""]
+            lines += [f"![{what} on {env}]({csvs.folder(env)}/{kind}{suffix}.png)", "", f"{what}. {data}; figure: `make report`.", ""]
     return lines + commands(task)
 
 
@@ -406,7 +414,7 @@ def commands(task: Task) -> list[str]:
 
 def settings_tried(folder: Path) -> list[str]:
     """All rows of tried.csv, by task and script, in the order in which they were tried."""
-    rows = sorted(csvs.tried(folder), key=lambda row: (row["env"], row["algo"]))
+    rows = sorted(csvs.tried(folder / "tried.csv"), key=lambda row: (row["env"], row["algo"]))
     if not rows:
         return []
     value = lambda row, key: number(float(row[key])) if row.get(key) else "-"
@@ -480,7 +488,7 @@ def report(folder: Path) -> str:
         "Intervals are of 95%: of means over seeds the studentised bootstrap, of shares of seeds Wilson's, of probabilities of improvement",
         "Newcombe's (`results/measures.py`, which says how often they hold). Interquartile means and profiles have the percentile",
         "bootstrap, which is too narrow for few seeds. Intervals of costs are cut off at 0. Per seed:", "",
-        *(f"- **{key.replace('_', ' ')}**: {text}" for key, text in measures.MEANING.items()),
+        *(f"- **{COLUMNS.get(key, key.replace('_', ' '))}**: {text}" for key, text in measures.MEANING.items()),
         "- **normalised return**: return / best return of a trajectory of the dataset whose cost is within the limit",
         "- **diverged**: seeds whose losses or parameters became non-finite; left out of means, but neither safe nor better than any other",
         "",
@@ -549,19 +557,22 @@ def summary(folder: Path) -> str:
 
 
 def overview(folder: Path) -> str:
-    """By task, for the offline policy, Marvel and naive finetuning: share of seeds within the limit, mean return, cost of training."""
+    """By task, for the offline policy, Marvel and naive finetuning: share of seeds within the limit, mean return, cost of training.
+
+    Of the seeds that all three have.
+    """
     runs, note = reported(folder)
-    names = ("cpq", "marvel", "naive_o2o")
+    names = ["cpq", "marvel", "naive_o2o"]
     rows = []
     for env in ENVS:
         if not all((env, name, csvs.LIMIT) in runs for name in names):
             continue
         row = [env]
-        for name in names:
-            found = alive(runs[env, name, csvs.LIMIT])
-            row += [ratio(*within(runs[env, name, csvs.LIMIT])), number(found["return"].mean())]
+        for name, run in on_common_seeds({name: runs[env, name, csvs.LIMIT] for name in names}, names).items():
+            found = alive(run)
+            row += [ratio(*within(run)), number(found["return"].mean())]
             row += [number(found["train_cost"].mean())] if name not in OFFLINE else []
-        rows.append(row)
+        rows += [row] if len(row) > 1 else []
     header = ["task", "offline: safe", "return"]
     for name in names[1:]:
         header += [f"{title(name)}: safe", "return", "per training episode"]
@@ -580,7 +591,7 @@ def put_between_marks(text: str, table: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = csvs.Parser(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of ENV/ALGO.csv, where README.md is written")
-    folder = parser.parse_args(arguments).results
+    folder = parser.parse_args(arguments).results.resolve()
     text = report(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{folder / 'README.md'}: {text.count(chr(10))} lines")

@@ -31,9 +31,6 @@ from results.comparisons import alive, within
 from results.csvs import CHOSEN_ON, ROOT, BadInput, Run
 
 TRIED = ROOT / "results" / "tried.csv"
-COLUMNS = (
-    "algo env arguments seeds share_safe return cost worst_cost train_cost first_fifth offline_return offline_cost diverged minutes commit"
-).split()
 MEASURED = {  # column: measure
     "return": "return", "cost": "cost", "train_cost": "train_cost", "first_fifth": "early_cost",
     "offline_return": "offline_return", "offline_cost": "offline_cost",
@@ -47,14 +44,6 @@ def outcome(run: Run) -> dict[str, float]:
     safe, seeds = within(run)
     shown = {"share_safe": safe / seeds} | ({"worst_cost": found["cost"].max()} if kept else {})
     return {k: round(float(np.mean(v)), 3) for k, v in (means | shown).items()} | {"diverged": len(run.diverged)}
-
-
-def tried(path: Path) -> set[tuple[str, ...]]:
-    """(algo, env, arguments, seeds) of the tries in `path`."""
-    if not path.exists():
-        return set()
-    with open(path, newline="") as file:
-        return {tuple(row[c] for c in COLUMNS[:4]) for row in csv.DictReader(file)}
 
 
 def split(line: str, where: str) -> list[str]:
@@ -109,16 +98,16 @@ def main() -> int:
             algo, env, *arguments = words + split(options.common, "--common")
             env = csvs.task(env)
             key = (algo, env, shlex.join(arguments), f"{seeds[0]}-{seeds[-1]}")
-            if key in tried(options.out):
+            if key in {tuple(row[c] for c in csvs.TRIED_KEY) for row in csvs.tried(options.out)}:
                 continue
-            row = dict(zip(COLUMNS, key)) | attempt(algo, env, arguments, seeds, options.runs)
+            row = dict(zip(csvs.TRIED_KEY, key)) | attempt(algo, env, arguments, seeds, options.runs)
         except BadInput as error:  # the others can still be tried
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
         with open(options.out, "a", newline="") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # several lists may run at once
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, csvs.TRIED)
             if not file.tell():
                 writer.writeheader()
             writer.writerow(row)

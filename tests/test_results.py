@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,7 +163,7 @@ def test_a_file_from_before_a_column_was_added_is_read(tmp_path):
     row |= {"return": 1, "cost": 2, "cost_limit": 20}
     (tmp_path / "x.csv").write_text(",".join(kept) + "\n" + ",".join(str(row[column]) for column in kept) + "\n")
     (found,) = csvs.read(tmp_path / "x.csv")
-    assert found["cost"] == 2 and math.isnan(found["cost_se"])
+    assert found["cost"] == 2 and math.isnan(found["share_above"])
 
 
 HEADER = ",".join(csvs.COLUMNS)
@@ -259,7 +260,6 @@ def test_measures_of_a_run_worked_out_by_hand():
     assert (found["offline_return"], found["offline_cost"], found["return"], found["cost"]) == (100, 50, 200, 2)
     assert found["auc"] == pytest.approx((1500 * 250 + 3000 * 300) / 4500)
     assert (found["training_episodes"], found["training_cost"]) == (45, 5 * 250)
-    assert found["cost_rate"] == pytest.approx(5 * 250 / 4500)
     assert (found["train_cost"], found["early_cost"]) == (pytest.approx(250 / 9), (60 + 10) / 2)  # a fifth of nine rows: two
     assert found["regret"] == 5 * (40 + 10 + 80)
     assert found["episodes_to_safe"] == 5  # mean of 10 30 10 10 is 15
@@ -317,6 +317,15 @@ def test_other_tasks_widen_the_interval():
     assert p == 0.5 and 0.2 < low < 0.5 < high < 0.8
     assert measures.improvement(tasks, other_tasks=True) == (0.5, 0.0, 1.0)
     assert math.isnan(measures.improvement(tasks[:1], other_tasks=True)[1])
+
+
+def test_the_interval_for_other_tasks_covers_their_mean():
+    """Four tasks whose probabilities are drawn evenly from 0.3 to 0.9, ten seeds each; nominally 95%."""
+    rng = np.random.default_rng(4)
+    shift = lambda: math.sqrt(2) * scipy.stats.norm.ppf(rng.uniform(0.3, 0.9))  # P(x > y) of unit normals
+    draw = lambda: [(rng.standard_normal(10) + shift(), rng.standard_normal(10)) for _ in range(4)]
+    inside = [low <= 0.6 <= high for _, low, high in (measures.improvement(draw(), other_tasks=True) for _ in range(200))]
+    assert np.mean(inside) > 0.90 - 2 * math.sqrt(0.9 * 0.1 / 200)
 
 
 def test_the_interval_of_a_probability_is_newcombes():
@@ -444,6 +453,20 @@ def test_one_seed_is_unclear_and_missing_and_new_are_named(place, capsys):
     assert re.search(r"cpq +5 -> - .*missing", out) and re.search(r"sac_lag +- -> 5 .*new", out)
 
 
+def test_a_name_that_nothing_is_of_is_refused(place, capsys):
+    run_folder(make_run(), place / "runs")
+    with pytest.raises(csvs.BadInput, match="--algos pexx: neither a finished run in .* nor a baseline in .* is of it"):
+        run_diff(capsys, "--runs", place / "runs", "--results", place / "results", "--algos", "marvel", "pexx")
+
+
+def test_a_file_of_arguments_may_hold_several_on_a_line(tmp_path):
+    (tmp_path / "my.args").write_text("--envs A 'B C' # comment\n\n--seeds 3\n")
+    parser = csvs.Parser("")
+    parser.add_argument("--envs", nargs="+")
+    parser.add_argument("--seeds", type=int)
+    assert vars(parser.parse_args([f"@{tmp_path / 'my.args'}"])) == {"envs": ["A", "B C"], "seeds": 3}
+
+
 def test_more_diverged_seeds_are_worse(place, capsys):
     run = make_run()
     lost = [r for r in run.rows if r["seed"] != 3] + seed_rows(3)[:4] + [row(3, "online", "diverged", 102, 5000)]
@@ -462,10 +485,10 @@ def test_accept_merges_seeds_of_the_same_configuration_and_replaces_others(place
     assert measures.per_seed(merged)["return"][0] < 670 < measures.per_seed(make_run())["return"][0]
     run_folder(make_run(seeds=2, config={"actor_lr": 0.5}), place / "runs", "20260101-000001")
     kept = (place / "results" / ENV / "marvel.csv").read_bytes()
-    with pytest.raises(csvs.BadInput, match="of another configuration .* whose seeds 2 3 4 would be lost: .*--drop-seeds"):
+    with pytest.raises(csvs.BadInput, match="of another configuration .* whose seeds 0 1 2 3 4 would be lost: .*--replace"):
         run_diff(capsys, *arguments, "--accept")
     assert (place / "results" / ENV / "marvel.csv").read_bytes() == kept
-    run_diff(capsys, *arguments, "--accept", "--drop-seeds")
+    run_diff(capsys, *arguments, "--accept", "--replace")
     assert csvs.load(place / "results" / ENV / "marvel.csv").seeds == [0, 1]
     code, out = run_diff(capsys, *arguments)
     assert code == 0 and out.count("same") == 4
@@ -475,9 +498,9 @@ def test_a_run_on_another_dataset_is_another_experiment(place, capsys):
     """Its seeds do not join those of the baseline, and do not replace more of them unasked."""
     run_folder(make_run(seeds=2, dataset_hash="e" * 12), place / "runs")
     arguments = ["--runs", place / "runs", "--results", place / "results", "--accept"]
-    with pytest.raises(csvs.BadInput, match="of another configuration or dataset .* whose seeds 2 3 4 would be lost"):
+    with pytest.raises(csvs.BadInput, match="of another configuration or dataset .* whose seeds 0 1 2 3 4 would be lost"):
         run_diff(capsys, *arguments)
-    assert run_diff(capsys, *arguments, "--drop-seeds")[1].endswith("seeds 0 1, replaces another configuration, dataset or kind of seeds\n")
+    assert run_diff(capsys, *arguments, "--replace")[1].endswith("seeds 0 1, replaces another configuration, dataset or kind of seeds\n")
     accepted = csvs.load(place / "results" / ENV / "marvel.csv")
     assert accepted.seeds == [0, 1] and accepted.dataset_hashes == ["e" * 12]
 
@@ -573,7 +596,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     assert bare.split(" | ")[3:] == ["0.00 [0.00, 0.36]", "0.00 [0.00, 0.36]", "**1.00 [0.64, 1.00]**", "supported |"]
     assert claim("P(better than PEX)").endswith("| no data |")
     assert claim("makes Qc rank actions").split(" | ")[3] == "**0.50 [0.50, 0.50]**"
-    assert claim("Marvel ends safe").endswith("| supported |")
+    assert claim("Marvel ends safe").endswith("| 1 (5) | **5 of 5 [0.57, 1.00]** | - | - | - |")
     line = claim("| JSRL | 0 + 2 diverged")
     assert "diverged (online, step 777)" in line
     assert (
@@ -830,12 +853,39 @@ def test_the_papers_own_configuration_is_a_table_of_its_own(tmp_path):
 
 def test_a_row_says_how_many_settings_were_tried(tmp_path):
     csvs.write(make_run("marvel"), tmp_path)
-    head, rest = "algo,env,arguments,seeds,share_safe,return,cost", ",--reserve 0,0-9,0.9,700,"
-    tried = [f"{algo},{env}{rest}{i}" for i, (algo, env) in enumerate([("marvel", ENV), ("marvel", ENV), ("marvel", "X"), ("cpq", ENV)])]
-    (tmp_path / "tried.csv").write_text("\n".join([head, *tried, ""]))
+    rest = "--reserve 0,0-9,0.9,700"
+    tried = [f"{algo},{env},{rest},{i},,,,,,0,1,c" for i, (algo, env) in enumerate(zip(("marvel",) * 3 + ("cpq",), (ENV, ENV, "X", ENV)))]
+    (tmp_path / "tried.csv").write_text("\n".join([",".join(csvs.TRIED), *tried, ""]))
     table = report.report(tmp_path).split("# Settings tried")[1]
     assert table.count("`marvel --reserve 0`") == 3 and f"| {ENV} | `cpq --reserve 0` | 0-9 | 90% | 700 | 3 | - |" in table
     assert "; 2 |" in next(line for line in report.report(tmp_path).splitlines() if line.startswith("| Marvel | 5 |"))
+
+
+@pytest.mark.parametrize("header", ["algorithm,env", ",".join(csvs.TRIED)])
+def test_a_damaged_list_of_tries_is_one_line(tmp_path, header):
+    (tmp_path / "tried.csv").write_text(f"{header}\nmarvel,{ENV},,0-9,0.9,much,1,1,1,1,1,1,0,1,c\n")
+    with pytest.raises(csvs.BadInput, match="tried.csv: row 2: .* is not as results/tune.py writes it: restore the file"):
+        csvs.tries(tmp_path)
+
+
+def test_two_files_of_one_experiment_are_refused(tmp_path):
+    path = csvs.write(make_run("marvel"), tmp_path)
+    path.with_name("marvel_old.csv").write_bytes(path.read_bytes())
+    with pytest.raises(csvs.BadInput, match="marvel_old.csv: of the same task, algorithm and cost limit as .*marvel.csv: move one"):
+        csvs.baselines(tmp_path)
+
+
+def test_a_seed_that_ends_early_is_a_file_cut_off(tmp_path):
+    path = csvs.write(make_run("marvel"), tmp_path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(csvs.BadInput, match="seed 4 ends at env_steps .*, others at .*: cut off"):
+        csvs.load(path)
+
+
+def test_figures_of_an_own_environment_lie_beside_its_results(tmp_path):
+    csvs.write(make_run("marvel", env="my_module:My-v0"), tmp_path)
+    links = re.findall(r"\]\((my_module[^)]*png)\)", report.report(tmp_path))
+    assert links and all(link.startswith("my_module/My-v0/") and (tmp_path / link).exists() for link in links)
 
 
 def test_the_command_beside_a_number_still_makes_its_configuration():
@@ -1280,7 +1330,7 @@ def test_a_list_of_tries_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     assert tune.main() == 1 and "it failed" in capsys.readouterr().err
     assert tune.main() == 1 and done == [["--reserve", "0.5", "--evals", "1"], ["--evals", "1"], ["--reserve", "0.5", "--evals", "1"]]
-    assert tune.tried(out) == {("marvel", ENV, "--evals 1", "0-1")}
+    assert [tuple(row[c] for c in csvs.TRIED_KEY) for row in csvs.tried(out)] == [("marvel", ENV, "--evals 1", "0-1")]
     tries.write_text(f"marvel\nmarvel {ENV} --x 'y\nmarvel {ENV} --evals 2\n")  # a line that cannot be read costs no other
     monkeypatch.setattr(sys, "argv", words[:-2])
     capsys.readouterr()
