@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -90,6 +90,11 @@ def cloned(dataset: dsrl.Dataset, args, path) -> np.ndarray:
     return chosen if args.data == "best" else np.repeat(chosen, split.lengths.astype(np.int64))
 
 
+def alone(dataset: dsrl.Dataset, args, path) -> tuple[np.ndarray, Any]:
+    """What is cloned, and the arguments as they are: as no gate follows."""
+    return cloned(dataset, args, path), args
+
+
 # ---------------------------------------------------------------- one gradient step
 
 
@@ -117,7 +122,7 @@ def main(args: Args) -> None:
     logbook.check_numbers(args, {"offline_steps": CHUNK})
     if args.eval:
         return training.replay_checkpoint(args)
-    run = training.prepare(Path(__file__).stem, args, cloned=cloned)
+    run = training.prepare(Path(__file__).stem, args, cloned=alone)
     training.finish(run, pretrain(run))
 
 

@@ -4,7 +4,7 @@ Source: BEAR (Kumar, Fu, Tucker, Levine; arXiv 1906.00949) with a Lagrangian cos
 release (arXiv 2412.04426) starts. Leaves one checkpoint per seed under RUNS/ENV/offline/bear_lag/.
 
     equation                                                                                  function
-    VAE: |a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I))                               networks.vae_loss
+    VAE: MSE(a, decode(s, z)) + beta mean KL(encode(s, a) | N(0, I))                          networks.vae_loss
     MMD^2(p, q) = E k(x,x') - 2 E k(x,y) + E k(y,y'), Gaussian k, x,x' ~ p, y,y' ~ q          mmd_squared
     Q'(s',a') = w min_i Q'_i + (1-w) max_i Q'_i;  y_r = r + gamma (1-term.) max_k Q'(s',a'_k)  bear_critic_loss
     y_c = c + gamma (1-term.) mean_k Qc'(s',a'_k), a'_k ~ pi(.|s')                            bear_critic_loss

@@ -9,7 +9,7 @@ offline phase.
             y_ci = c + gamma (1-term.) Qc'_i(s',a')                                            critic_loss
             Qc = mean_i Qc_i + k std_i Qc_i                                                    networks.pessimistic
             w = max(0, lambda + kappa (E_batch Qc - q_d)), q_d = d' (1-gamma^T)/(1-gamma)/T    rectified
-            maximise min_i Q_i(s,a) - w Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s))     actor_loss
+            maximise min_i Q_i(s,a) - w Qc(s,a) + alpha h(s,a) - w_a KL(pi(.|s) | pi_0(.|s))   actor_loss
             log lambda descends lambda (q_d - E_batch Qc), one step of Adam per gradient step  multiplier_loss
 
 The multiplier follows the cost critic, at every gradient step, not the costs of the newest episodes: the noise of five episodes
@@ -132,7 +132,7 @@ def online_phase(run: Run, params: dict) -> dict:
     """Phase 3: episodes of the policy and gradient steps, in turn."""
     args, networks = run.args, training.make_networks(run.args, run.env)
     start = {"actor": params["actor"], "critics": params["critics"], "prior": params["actor"]}
-    start["log_multiplier"] = jnp.full(run.roots.shape, jnp.log(args.init_multiplier * args.reward_scale))
+    start["log_multiplier"] = jnp.full(run.roots.shape, jnp.log(args.init_multiplier * args.reward_scale), jnp.float32)
     threshold, _ = cpq.thresholds((1 - args.reserve) * args.cost_limit, args.gamma, run.env.horizon)
     step = partial(cal_step, threshold=threshold)
     evaluated = finetuning.of_actor(networks, args.eval_policy)

@@ -6,7 +6,7 @@ The online phase runs `iterations` times: collect `episodes_per_iter` episodes, 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from envs import reference
 from envs.rollout import Batch, Episodes, collect, start_rollout
 
 OFFLINE = {"cpq": cpq, "bear_lag": bear_lag, "bc_safe": bc_safe}
+SHARED = ("gate_quantile", "cloning_quantile")  # arguments of CPQ that other phases take, too
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class OnlineArgs:
     iterations: int = 50
     """rounds of episodes and gradient steps (release: 100 to 1,000, by task)"""
     episodes_per_iter: int = 5
-    """parallel episodes per iteration, and per batch of costs for the multiplier (Marvel: 5)"""
+    """parallel environments; each takes T steps per iteration, so more episodes end where they end early (Marvel: 5)"""
     updates_per_iter: int = 200
     """gradient steps per iteration (release: 20)"""
     batch_size: int = 128
@@ -59,11 +60,11 @@ class OnlineArgs:
     entropy_weight: float = 0.003
     """alpha, scaled reward per nat (release: 5e-5 to 5e-3, by task)"""
     actor_warmup: int = 2
-    """iterations in which only the critics learn (paper, release: 0)"""
+    """iterations in which only critics and multiplier learn (paper, release: 0)"""
     anchor_weight: float = 0.2
     """weight of KL(pi | offline policy), scaled reward per nat (paper, release: 0)"""
     anchor_decay: float = 0.7
-    """share of the iterations after which the anchor, weakening linearly, would be gone"""
+    """the anchor's weight falls linearly, and would reach 0 after this share of the iterations"""
     anchor_floor: float = 0.1
     """share of the anchor's weight that stays"""
     evals: int = 5
@@ -77,7 +78,7 @@ class FinetuneArgs(
     """configuration"""
 
     preset: Literal["suite", "release"] = "suite"
-    """whole configuration: this suite's, or that of Marvel's paper and code; the command line goes before it"""
+    """whole configuration: this suite's, or that of Marvel's paper and code; arguments that are given override it"""
     offline: Literal["cpq", "bear_lag", "bc_safe"] | None = None
     """phase 1: offline algorithm (default: cpq); bc_safe leaves no critics, so these start from new ones"""
     init: Path | None = None
@@ -123,17 +124,23 @@ PRESETS = {"suite": SUITE, "release": RELEASE}
 
 
 def prepare(algo: str, args, multiples: dict[str, int] | None = None, dataset: bool = False) -> Run:
-    """Checks the arguments; environment, dataset and run folder. `dataset`: phases after the first need it, whatever replay does."""
+    """Checks the arguments; environment, dataset and run folder. `dataset`: whether a later phase needs it, even with --replay online."""
     logbook.check_numbers(args, {"offline_steps": CHUNK} | (multiples or {}))
     if args.iterations <= args.actor_warmup:
         said = f"--iterations {args.iterations} --actor-warmup {args.actor_warmup}: the actor waits all the time and learns nothing online"
         print(f"warning: {said}: raise --iterations, or lower --actor-warmup", file=sys.stderr)
     if args.init and args.offline:
         raise logbook.BadInput(f"--init {args.init} --offline {args.offline}: --init replaces the offline phase: leave one of them out")
-    if not args.init:
-        args = replace(args, offline=args.offline or "cpq")
-        return training.prepare(algo, args, cloned=getattr(OFFLINE[args.offline], "cloned", None))
-    cloned = partial(cpq.cloned, instead="--no-vpa-gate") if dataset and getattr(args, "vpa_gate", False) else None
+    args, gate = replace(args, offline=None if args.init else args.offline or "cpq"), getattr(args, "vpa_gate", False)
+    if ignored := without_effect(args):
+        print(f"note: no effect with {'--init' if args.init else f'--offline {args.offline}'}: {' '.join(ignored)}", file=sys.stderr)
+    if args.offline == "bear_lag" and gate:
+        args = replace(args, vpa_gate=False)
+        print("note: BEAR-Lag has no gate that phase 2 could keep (--no-vpa-gate)", file=sys.stderr)
+    if args.offline:
+        cloned = {"cpq": cpq.gated, "bc_safe": partial(cpq.gated, cloned=bc_safe.cloned) if gate else bc_safe.alone}.get(args.offline)
+        return training.prepare(algo, args, cloned=cloned)
+    cloned = partial(cpq.gated, cloned=partial(cpq.cloned, instead="--no-vpa-gate")) if dataset and gate else None
     try:
         return training.prepare(algo, args, dataset or args.replay == "mixed" or args.dataset is not None, cloned, start)
     except dsrl.DatasetError as error:
@@ -141,6 +148,15 @@ def prepare(algo: str, args, multiples: dict[str, int] | None = None, dataset: b
             raise
         without = "--replay online" + (" --vpa-steps 0" if hasattr(args, "vpa_steps") else "")
         raise logbook.BadInput(f"{error}; name another with --dataset, or do without: {without}") from None
+
+
+def without_effect(args) -> list[str]:
+    """The arguments, as on the command line, that differ from the preset's but belong to an offline algorithm which does not run."""
+    preset = PRESETS[args.preset]
+    usual = {field.name: field.default for field in fields(args)} | preset.get("*", {}) | preset.get(envs.recorded(args.env), {})
+    own = {"cpq": cpq.CPQArgs, "bear_lag": bear_lag.BearArgs, "bc_safe": bc_safe.CloningArgs}
+    names = [name for algo, group in own.items() if algo != args.offline for name in group.__annotations__ if name not in SHARED]
+    return [switch(name, value) for name in names if (value := getattr(args, name)) != usual[name]]
 
 
 def pretrain(run: Run) -> dict:
@@ -222,7 +238,9 @@ def why_new_critics(arrays: checkpoint.Arrays, config: dict, args, shapes: dict)
 def switch(name: str, value) -> str:
     """How an argument is written on the command line."""
     flag = name.replace("_", "-")
-    return f"--{flag} {value:g}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def first_evaluation(run: Run, params: dict, networks: Networks) -> dict:
@@ -231,7 +249,7 @@ def first_evaluation(run: Run, params: dict, networks: Networks) -> dict:
     show = training.make_evaluator(run, evaluated)
 
     def block(n, carry):
-        show("offline", (carry[0]["actor"],), 0, True, gradient_steps=0, env_steps=0)
+        show("offline", (carry[0]["actor"],), 0, last=True, gradient_steps=0, env_steps=0)
         return carry
 
     return run.log.run("offline", 0, (params,), block)[0]

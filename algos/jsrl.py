@@ -9,20 +9,21 @@ learner is SAC-Lagrangian.
             share -= 1/stages after episodes as good and as safe as the guide's                advance
     online: y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha h), h = -log pi(a'|s')        critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - w_a KL(pi(.|s) | pi_0(.|s)) actor_loss
             lambda from the mean cost of the newest episodes                                   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the share also shrinks only if the episodes' cost is at most the limit or the
-guide's own (the paper has no costs); (2) it is at most what a straight line from 1 to 0 over `handover` of the iterations
-leaves, so that the learner always gets its turn; (3) evaluations are of the learner alone, from the first one on; (4) k = 0 by
-default: a new learner is not held near the guide; (5) the newest batch of training episodes is compared with the guide's first
-batch, where the paper compares a moving average of evaluations with the best average so far; (6) the guide begins with the
-whole episode, where the paper's D4RL runs begin with the time that the guide needs to solve the task; (7) batches are of online
-data alone, where those runs take a quarter from the dataset (--replay mixed: half). The multiplier and what else the suite adds
-to phase 3 (marvel.py, 3, 4, 7, 8, 10, 11, 15, 16) is as in the other files.
+guide's own, or up to `tolerance` above that (the paper has no costs); (2) it is at most what a straight line from 1 to 0 over
+`handover` of the iterations leaves, so that the learner always gets its turn; (3) evaluations are of the learner alone, from the
+first one on; (4) w_a = 0 by default (--anchor-weight): a new learner is not held near the guide; (5) the newest batch of training
+episodes is compared with the guide's first batch, where the paper compares a moving average of evaluations with the best average
+so far; (6) the guide begins with the whole episode, where the paper's D4RL runs begin with the time that the guide needs to solve
+the task; (7) batches are of online data alone, where those runs take a quarter from the dataset (--replay mixed: half). The
+multiplier and what else the suite adds to phase 3 (marvel.py, 2 but for phase 2, 3, 4, lambda's start in 6, 7, 8, 10 to 13, 15,
+16) is as in the other files.
 """
 
 import sys
@@ -49,7 +50,7 @@ class Args(FinetuneArgs):
     """this algorithm"""
 
     actor_warmup: int = 0
-    """iterations in which only the critics learn (paper, release: 0)"""
+    """iterations in which only critics and multiplier learn (paper, release: 0)"""
     anchor_weight: float = 0.0
     """weight of KL(pi | offline policy), scaled reward per nat (paper, release: 0)"""
     learner: Literal["fresh", "pretrained"] = "fresh"
@@ -154,7 +155,7 @@ def online_phase(run: Run, params: dict) -> dict:
         return jump_start(policy(params["prior"]), policy(params["actor"]), curriculum.share, run.env.horizon)
 
     evaluated = finetuning.of_actor(networks, args.eval_policy)
-    curriculum = vmap_seeds(lambda _: Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan)))(run.roots)
+    curriculum = vmap_seeds(lambda _: Curriculum(jnp.float32(1.0), jnp.full(2, jnp.nan, jnp.float32)))(run.roots)
     return finetuning.finetune(run, start, online_step, behaviour, evaluated, curriculum, partial(advance, args=args))
 
 

@@ -42,9 +42,9 @@ class LagrangianArgs:
     max_multiplier: float = 2.0
     """upper bound of the integral and of lambda (Marvel: none; inf)"""
     cost_clip: float = 2.0
-    """a batch of episodes counts as at most this many times d' (Marvel: inf): costs are heavy-tailed, and lambda is a slow variable"""
+    """a batch counts as at most this many times max(d', 1), so that one costly batch does not push lambda to its bound (Marvel: inf)"""
     integral_fall: float = 0.25
-    """how fast the integral falls, in units of how fast it rises (Marvel: 1); less: it forgets more slowly in quiet batches"""
+    """factor on the integral's steps while the cost is below d' (Marvel: 1); below 1 it falls more slowly than it rises"""
     pid_decay: float = 0.8
     """decay of the moving averages (EMA) of error and cost (release: 0.9)"""
     pid_delay: int = 5
@@ -54,11 +54,11 @@ class LagrangianArgs:
     gain_window: int = 5
     """multiplier updates whose costs set the gains (apid with --gain-rule paper; release: pid_delay)"""
     gain_rule: Literal["paper", "release"] = "paper"
-    """apid's factors: the paper's, or those of the released code, which has other averages, too"""
+    """where averages and derivative start (pid, too) and how gains adapt (apid): as in the paper, or as in the released code"""
     gain_bound: float = 10.0
     """apid's gains stay within this factor of the initial ones (release: 10; 1e9: none)"""
     multiplier_updates: int = 1
-    """updates of the multiplier per batch of episodes, all from the same cost (release: 20, one before each gradient step)"""
+    """updates of the multiplier per batch of episodes, all from the same cost (release: 20, with --gain-rule release)"""
 
 
 class Multiplier(NamedTuple):

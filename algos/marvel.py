@@ -9,10 +9,10 @@ checkpoint per seed; every run with the same offline arguments and dataset takes
        g = 1[Qc'(s',a') + alpha_c h <= threshold], CPQ's gate                                  cpq.calibrated
        y_c = c + gamma (1-term.) (Qc'(s',a') + alpha_c h); pi_0 frozen                         critic_loss, vpa_step
     3  the same critics with alpha_r = alpha, the entropy weight, and alpha_c = 0              critic_loss, online_step
-       maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s))     actor_loss, online_step
-       d' = (1 - reserve) d;  e = min(J_c, 2 d') - d';  I <- max(0, I + f Ki e)                lagrangian.update_multiplier
-       lambda = max(0, Kp EMA(e) + I + Kd D)                                                   lagrangian.update_multiplier
-       Kp *= 1 + a tanh((m-d')/d');  Ki *= 1 + b (m-d')/d';  Kd *= 1 + c s/d' (d' >= 1 here)   lagrangian.update_multiplier
+       maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - w_a KL(pi(.|s) | pi_0(.|s))   actor_loss, online_step
+       d' = (1 - reserve) d;  u = max(d', 1);  e = min(J_c, 2 u) - d'                          lagrangian.update_multiplier
+       I <- I + f Ki e;  lambda = Kp EMA(e) + I + Kd D;  both within [0, --max-multiplier]     lagrangian.update_multiplier
+       Kp *= 1 + a tanh((m-d')/u);  Ki *= 1 + b (m-d')/u;  Kd *= 1 + c s/u                     lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward.
@@ -36,7 +36,7 @@ Those of phase 1 are in cpq.py.
 12 (P, R) A terminal step costs the critics more on AntRun (--termination-cost 0). Else a large lambda Qc would pay for falling.
 13 (P, R) Evaluations sample the policy, whose cost the multiplier controls (--eval-policy mean).
 14 (P, R) VPA's Q keeps CPQ's gate g (--no-vpa-gate). Without it, Q forgets that unsafe states are worth nothing.
-15 (P, R) A batch of episodes counts as at most 2 d' of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
+15 (P, R) A batch of episodes counts as at most 2 u of cost, and the integral falls at a quarter (f) of its speed (--cost-clip inf
    --integral-fall 1). Costs are heavy-tailed: lambda fell to zero in quiet batches and jumped in loud ones.
 16 (P, R) On the Run tasks all networks see the odometer (--no-odometer): cpq.py, 12.
 17 (R) One setting for all tasks but those of finetuning.SUITE; the release has one per task (finetuning.RELEASE).
@@ -106,7 +106,7 @@ PRESETS = {"suite": finetuning.SUITE, "release": _TASKS | {"*": _TASKS["*"] | RE
 
 
 def critic_loss(critics, actor, targets, entropy_weights, batch: Batch, key, networks: Networks, args, entropy="sample", gate=None):
-    """Soft Bellman errors of both critics under the policy; `entropy_weights` = (alpha_r, alpha_c), `gate` as in --vpa-gate."""
+    """Soft Bellman errors of both critics under the policy; `entropy_weights` = (alpha_r, alpha_c), `gate` = the threshold of g or None."""
     action, log_prob = sample_action(key, *networks.actor.apply(actor, batch.next_obs))
     log_prob = log_prob if entropy == "sample" else log_prob.mean()
     next_q = networks.q(targets, batch.next_obs, action) - entropy_weights[0] * log_prob
@@ -192,7 +192,7 @@ def vpa_phase(run: Run, params: dict) -> dict:
             log.check("vpa", learner)
             if n == blocks:
                 rank("vpa", learner.params["actor"], learner.params["critics"], done)
-                show("vpa", (learner.params["actor"],), done, True, gradient_steps=done, env_steps=0)
+                show("vpa", (learner.params["actor"],), done, last=True, gradient_steps=done, env_steps=0)
         return (learner,)
 
     learner = vmap_seeds(partial(training.init_learner, optimizers=optimizers))(start)
@@ -210,7 +210,7 @@ def online_phase(run: Run, params: dict) -> dict:
 def main(args: Args) -> None:
     if args.eval:
         return training.replay_checkpoint(args)
-    run = finetuning.prepare(Path(__file__).stem, args, {"vpa_steps": CHUNK}, args.vpa_steps > 0)
+    run = finetuning.prepare(Path(__file__).stem, args, multiples={"vpa_steps": CHUNK}, dataset=args.vpa_steps > 0)
     params = finetuning.pretrain(run)
     params = vpa_phase(run, params)
     params = online_phase(run, params)

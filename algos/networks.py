@@ -179,6 +179,6 @@ def latent_kl(mean: jax.Array, log_std: jax.Array) -> jax.Array:
 
 
 def vae_loss(params, obs: jax.Array, action: jax.Array, key: jax.Array, vae: VAE, beta: float) -> jax.Array:
-    """|a - decode(s, z)|^2 + beta KL(encode(s, a) | N(0, I)), averaged over the batch (CPQ, BEAR; OSRL's beta: 0.5)."""
+    """MSE(a, decode(s, z)) + beta KL(encode(s, a) | N(0, I)), each a mean over batch and dimensions, as OSRL's (CPQ, BEAR; beta 0.5)."""
     decoded, mean, log_std = vae.apply(params, obs, action, key)
     return jnp.mean(jnp.square(decoded - action)) + beta * latent_kl(mean, log_std).mean()

@@ -9,21 +9,22 @@ start from CPQ's; the new policy starts from nothing and learns by SAC-Lagrangia
             y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha h), a' of the chosen policy   pex_critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               pex_critic_loss
             maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a), a ~ the new policy        actor_loss
+            (- w_a KL(new | offline) with --anchor-weight)                                     actor_loss
             lambda from the mean cost of the newest episodes                                   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost
 outweighs lambda / reward_scale of raw reward.
 
 Deviations: offline those of cpq.py. Online: (1) the choice is by Q - lambda Qc, not by Q (the paper has no costs); (2) h is the
-entropy of the policy that was chosen; (3) evaluations and --eval are of the expanded policy, which needs critics and
-multiplier; --eval-policy mean takes both policies' mean actions, and the better of them; (4) k = 0 by default: the new policy
-is free; (5) where the critics see more than the observation (Run), so does the policy that they choose; (6) critics and new
-policy learn as in SAC, where the public code takes IQL's losses; (7) batches are of online data alone, where the public code
-takes half of each from the dataset (--replay mixed); (8) the frozen policy's actions are sampled, where the public code takes
-their mean; (9) T is 0.1 of scaled reward, where the public code has 0.1 of raw reward (--temperature 0.01 at a reward scale of
-0.1); (10) the first updates follow the first episodes (public code: after 5,000 steps), and evaluations choose as training does
-(public code: greedily but for a tenth of the steps). The multiplier and what else the suite adds to phase 3 (marvel.py, 3, 4,
-7, 8, 10, 11, 15, 16) is as in the other files.
+entropy of the policy that was chosen; (3) evaluations and --eval are of the expanded policy, which needs critics and multiplier;
+--eval-policy mean takes both policies' mean actions, and the better of them; (4) w_a = 0 by default: the new policy is free; (5)
+where the critics see more than the observation (Run), so does the policy that they choose; (6) critics and new policy learn as in
+SAC, where the public code takes IQL's losses; (7) batches are of online data alone, where the public code takes half of each from
+the dataset (--replay mixed); (8) the frozen policy's actions are sampled, where the public code takes their mean; (9) T is 0.1 of
+scaled reward, where the public code has 0.1 of raw reward (--temperature 0.01 at a reward scale of 0.1); (10) the first updates
+follow the first episodes (public code: after 5,000 steps), and evaluations choose as training does (public code: greedily but for
+a tenth of the steps). The multiplier and what else the suite adds to phase 3 (marvel.py, 2 but for phase 2, 3, 4, lambda's start
+in 6, 7, 8, 10 to 12, 15, 16) is as in the other files.
 """
 
 import sys
@@ -48,7 +49,7 @@ class Args(FinetuneArgs):
     """this algorithm"""
 
     actor_warmup: int = 0
-    """iterations in which only the critics learn (paper, release: 0)"""
+    """iterations in which only critics and multiplier learn (paper, release: 0)"""
     anchor_weight: float = 0.0
     """weight of KL(pi | offline policy), scaled reward per nat (paper, release: 0)"""
     temperature: float = 0.1

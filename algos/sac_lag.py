@@ -23,7 +23,8 @@ collection); (5) lambda rises slowly, by fixed gains: if it exceeds the scaled r
 learnt to run, standing still is best, and stays so (PointRun, adaptive gains from kp 0.001, ki 0.0001, bound 10: return -4
 after 250,000 steps, seeds 0 to 2); (6) it aims at half of the limit (--reserve 0); (7) the target entropy is -0.5 per action
 dimension (SAC: -1), there are fewer updates per step, and the actor's step size falls to zero; (8) the actor's loss is not
-divided by 1 + lambda (the public code of the PID-Lagrangian does that).
+divided by 1 + lambda (the public code of the PID-Lagrangian does that); (9) smaller networks (--hidden 256 256), and on the Run
+tasks all of them see the odometer (--no-odometer; cpq.py, 12).
 """
 
 import math
@@ -77,7 +78,7 @@ class OnlineArgs:
     episodes_per_iter: int = 5
     """episodes per update of the multiplier (Marvel: 5)"""
     evals: int = 10
-    """evaluations, evenly spaced, the last at the end; beside the one before the first step"""
+    """evaluations, evenly spaced, the last at the end, and one more before the first step"""
     snapshots: bool = False
     """save the policy at every evaluation (data collection)"""
 

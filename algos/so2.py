@@ -5,10 +5,10 @@ noisy are smoothed by clipped noise on the target action, and learn faster by mo
 
     equation                                                                                   function
     offline: CPQ, as tabulated in cpq.py (--offline: another algorithm)                        finetuning.pretrain
-    online: a~ = clip(a' + clip(noise, -k, k), -1, 1), noise ~ N(0, s^2), a' ~ pi(.|s')        perturbed
+    online: a~ = clip(a' + clip(noise, -b, b), -1, 1), noise ~ N(0, s^2), a' ~ pi(.|s')        perturbed
             y_r = r + gamma (1-term.) (min_i Q'_i(s',a~) + alpha h), h = -log pi(a'|s')        so2_critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a~)                                               so2_critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - w_a KL(pi(.|s) | pi_0(.|s)) actor_loss
             lambda from the mean cost of the newest episodes                                   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost

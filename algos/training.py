@@ -66,7 +66,7 @@ class EvalArgs:
     eval_episodes: int = 20
     """episodes per evaluation"""
     final_eval_rounds: int = 25
-    """evaluations that the one at the end of each phase puts together: the cost of 20 episodes scatters too widely to compare"""
+    """rounds of `eval_episodes` episodes in the last evaluation of a phase; one round is too noisy for comparisons"""
     eval_policy: Literal["sample", "mean"] = "sample"
     """evaluate the stochastic policy, whose cost the multiplier controls, or its mean action (release)"""
     eval: Path | None = None
@@ -134,7 +134,7 @@ class OfflineArgs:
     offline_actor_schedule: Literal["cosine", "constant"] = "cosine"
     """the actor's step size falls to zero as a cosine, or stays (OSRL: constant)"""
     offline_evals: int = 2
-    """evaluations during phase 1, evenly spaced, the last at the end; beside the one before the first step"""
+    """evaluations during phase 1, evenly spaced, the last at the end, and one more before the first step"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class OfflineCriticArgs(OfflineArgs):
 
 
 class Learner(NamedTuple):
-    """Everything that gradient steps change. `params` and `optimizers` have one entry per optimiser."""
+    """Everything that gradient steps change. `optimizers` has an entry for each part of `params` that is trained."""
 
     params: dict
     targets: dict  # moving averages of params["critics"] = {"reward": ..., "cost": ...}
@@ -254,7 +254,7 @@ class Run(NamedTuple):
     @property
     def max_qc(self) -> float:
         """What costs can add up to, discounted, by which Qc' is bounded: the largest cost in every step, or one terminal step's charge."""
-        # What that step itself costs beside its charge is left out: on AntRun it would raise the bound from 100 to 101.
+        # The terminal step's own cost is not added to its charge: on AntRun it would change 100 to 101.
         return max(self.max_cost / (1.0 - self.args.gamma), self.args.termination_cost)
 
     @property
@@ -265,8 +265,8 @@ class Run(NamedTuple):
 def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = None, start: Callable | None = None) -> Run:
     """Environment, dataset and run folder; whatever is wrong with the arguments is said before anything is written.
 
-    `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates, `start(args, env, seeds)` the
-    Start of the run.
+    `cloned(dataset, args, path)` gives the (N,) bool of the transitions that the offline algorithm imitates, and the arguments, resolved;
+    `start(args, env, seeds)` the Start of the run.
     """
     tracking.check(args.track)
     for flag in ("video", "trajectory", "export"):
@@ -284,15 +284,14 @@ def prepare(algo: str, args, dataset: bool = True, cloned: Callable | None = Non
     if not dataset:
         begin = start(args, env, seeds) if start else None
         return Run(args, env, Logbook(algo, env.name, asdict(args), seeds, init=begin and begin.files), roots, start=begin)
+    hidden = env.privileged_size
     env, loaded, about = load_dataset(args, env)
+    if env.privileged_size < hidden:
+        args = replace(args, privileged_critic=False)
+        print("note: the dataset lacks x, so the critics do not see it (--no-privileged-critic)", file=sys.stderr)
     flat = (loaded.observations, loaded.actions, loaded.rewards, loaded.costs, loaded.next_observations, loaded.terminals)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in flat))
-    chosen = None if cloned is None else cloned(loaded, args, about["path"])
-    gate = getattr(args, "offline", "cpq") == "cpq" or getattr(args, "vpa_gate", False)
-    gated = chosen is not None and gate and bool(getattr(args, "gate_quantile", None)) and np.isfinite(args.cost_limit)
-    if gated and (chosen & ~dsrl.in_safe_trajectories(loaded, args.cost_limit)).any():
-        args = replace(args, gate_quantile=0.0)  # calibrated on what breaks the limit, the gate would be open
-        print("note: some of what is cloned breaks the limit, so the gate stays at q_thres (--gate-quantile 0)", file=sys.stderr)
+    chosen, args = cloned(loaded, args, about["path"]) if cloned else (None, args)
     imitated = None if chosen is None else jax.tree.map(lambda x: x[chosen], data)
     begin = start(args, env, seeds) if start else None
     log = Logbook(algo, env.name, asdict(args), seeds, about | dsrl.describe(loaded, args.cost_limit), begin and begin.files)
@@ -357,8 +356,8 @@ def evaluation_blocks(blocks: int, n: int) -> set[int]:
 def make_evaluator(run: Run, policy: Callable) -> Callable:
     """A function that evaluates `policy(*params)` of every seed and logs what `episode_statistics` says.
 
-    The last evaluation of a phase has `final_eval_rounds` rounds of episodes. Their keys are numbered from `n` on: the gradient step, or
-    the block (sac_lag.py).
+    The last evaluation of a phase has `final_eval_rounds` rounds of episodes. Round i has key number n + i of the stream "eval"; n is the
+    gradient step, or the block (sac_lag.py).
     """
     args, log = run.args, run.log
     episodes = vmap_seeds(lambda params, key: evaluate(policy(*params), key, run.env, args.eval_episodes))
@@ -487,7 +486,7 @@ def pretrain(
     about = {name: asdict(args)[name] for name in recipe} | {"dataset": run.dataset_hash, "version": version}
     about |= {"horizon": args.horizon} if args.horizon else {}
     paths = {seed: logbook.offline_path(args.runs, run.env.name, algo, about, seed) for seed in log.seeds}
-    # What a resumed run was training it trains on, whoever has made a checkpoint meanwhile.
+    # A resumed run continues with the seeds that it was training, even if another run has saved their checkpoints since.
     missing = log.resumed_seeds("offline") or [seed for seed in log.seeds if not paths[seed].exists()]
     kept = {seed: path for seed, path in paths.items() if seed not in missing}
     template = jax.eval_shape(init, run.roots[0]).params

@@ -1,11 +1,11 @@
 """WSRL, warm-start RL: offline CPQ, warm-up episodes of the frozen policy, then SAC-Lagrangian on online data alone.
 
 Source: WSRL (Zhou, Peng, Levine, Kumar; arXiv 2412.07762) and its public code. It has no costs; here it gets the suite's
-multiplier. What `--actor-warmup` does in every finetuner of this suite comes from here: with it, "naive" finetuning is not naive.
+multiplier. `--actor-warmup` in the other finetuners is taken from here: so their naive finetuning has one addition that the paper's lacks.
 
     equation                                                                                   function
     offline: CPQ, as tabulated in cpq.py (--offline: another algorithm)                        finetuning.pretrain
-    warm-up: episodes of the frozen policy go to the replay; nothing learns                    finetuning.freeze_all
+    warm-up: episodes of the frozen policy go to the replay; only lambda moves                 finetuning.freeze_all
     online: y_r = r + gamma (1-term.) min_{i in M} Q'_i(s',a'), M: `critic_subset` of the Q'_i  wsrl_critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               wsrl_critic_loss
             maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a), h = -log pi(a|s)          wsrl_actor_loss
@@ -21,6 +21,7 @@ Deviations, P from the paper, R from its code. Offline those of cpq.py. Online:
    M has distinct members, as in REDQ; R draws them with replacement.
  3 (P, R) The suite's step sizes (--actor-lr 1e-4 --critic-lr 3e-4 --actor-schedule constant --tau 0.005).
  4 (P, R) Fixed entropy weight (R: tuned to a target entropy).
+ 5 (P, R) What every finetuner of the suite has: marvel.py, 10, 11, 12, 13, 16, with the same switches.
 The offline policy anchors nothing, as published; --anchor-weight 0.2 gives it the suite's anchor.
 """
 
@@ -48,7 +49,7 @@ class Args(FinetuneArgs):
     lagrangian: Literal["dual", "pid", "pid10", "apid"] = "dual"
     """dual: integral only; pid: fixed gains; pid10: fixed at ten times (a control); apid: gains adapt to recent costs (Marvel)"""
     actor_warmup: int = FinetuneArgs.actor_warmup
-    """iterations of warm-up, in which the frozen policy collects and nothing learns (WSRL: 5,000 steps of the environment)"""
+    """iterations of warm-up, in which the frozen policy collects and only lambda moves (WSRL: 5,000 steps of the environment)"""
     anchor_weight: float = 0.0
     """weight of KL(pi | offline policy), scaled reward per nat (WSRL: 0)"""
     critic_subset: int = 2

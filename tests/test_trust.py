@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 
 import envs
 from algos import bc_safe, bear_lag, cal, checkpoint, cpq, finetuning, jsrl, logbook, marvel, naive_o2o, pex, sac_lag, so2, training, wsrl
-from data import dsrl
+from data import collect, dsrl
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "SafetyPointRun"
@@ -647,11 +648,34 @@ def test_what_the_package_s_own_environment_lacks_is_not_recorded_as_seen(tmp_pa
 
 def test_the_gate_is_not_calibrated_on_what_breaks_the_limit(bad_files, tmp_path, capsys):
     args = cpq.Args(env=ENV, runs=tmp_path, dataset=bad_files / "unsafe.hdf5", cloning_weight=0.0)
-    assert training.prepare("cpq", args, cloned=cpq.cloned).args.gate_quantile == 0
+    assert training.prepare("cpq", args, cloned=cpq.gated).args.gate_quantile == 0
     assert "the gate stays at q_thres" in capsys.readouterr().err
     for data, kept in (("all", 0.0), ("best", 0.9)):
         args = marvel.Args(env=ENV, runs=tmp_path, offline="bc_safe", data=data)
-        assert training.prepare("marvel", args, cloned=bc_safe.cloned).args.gate_quantile == kept
+        assert finetuning.prepare("marvel", args, dataset=True).args.gate_quantile == kept
+
+
+def test_arguments_of_an_offline_algorithm_that_does_not_run_are_named(tmp_path, capsys):
+    """And what the run resolves is what config.json says: BEAR-Lag leaves no gate to keep."""
+    prepared = lambda *words: finetuning.prepare("marvel", logbook.parse(marvel.Args, [*words, "--runs", str(tmp_path)], marvel.PRESETS))
+    run = prepared("--env", "SafetyPointRun0-v0", "--offline", "bear_lag", "--data", "best", "--cloning-weight", "7")
+    assert "note: no effect with --offline bear_lag: --cloning-weight 7.0 --data best\n" in capsys.readouterr().err
+    assert run.args.vpa_gate is run.log.config["config"]["vpa_gate"] is False and run.cloned is None
+    for words in ("--env SafetyAntRun", "--preset release --env SafetyPointRun", "--env SafetyCarRun --offline bc_safe --data best"):
+        assert prepared(*words.split()).args.vpa_gate is ("release" not in words)
+        assert "no effect" not in capsys.readouterr().err
+
+
+def test_critics_that_cannot_see_x_are_not_recorded_as_seeing_it(tmp_path, capsys):
+    provided = collect.provided(ENV)
+    with h5py.File(provided) as old, h5py.File(tmp_path / "blind.hdf5", "w") as new:
+        for name in old:
+            if "privileged" not in name:
+                old.copy(name, new)
+        new.attrs.update(old.attrs)
+    run = training.prepare("naive_o2o", naive_o2o.Args(env=ENV, runs=tmp_path, offline="cpq", dataset=tmp_path / "blind.hdf5"))
+    assert not run.args.privileged_critic and run.critic_obs_size == run.env.obs_size
+    assert "note: the dataset lacks x" in capsys.readouterr().err
 
 
 def test_the_release_preset_leaves_a_baseline_what_it_is():

@@ -74,7 +74,7 @@ def doing(actor, mean: float):
 
 def test_the_dataset_reaches_the_learner_as_it_is(tmp_path):
     """Time-outs do not stop the bootstrap, terminals do; what is cloned are the best safe trajectories."""
-    run = training.prepare("cpq", cpq.Args(env=ENV, runs=tmp_path), cloned=cpq.cloned)
+    run = training.prepare("cpq", cpq.Args(env=ENV, runs=tmp_path), cloned=cpq.gated)
     loaded, _ = dsrl.load(dsrl.default_path(ENV))
     assert loaded.timeouts.any() and run.data is not None and run.cloned is not None
     pairs = {"terminated": "terminals", "reward": "rewards", "cost": "costs", "action": "actions"}
@@ -265,6 +265,17 @@ def test_two_policies_collect_for_pex(iterations):
     jax.tree.map(np.testing.assert_array_equal, end["prior"], params["actor"])
     jax.tree.map(np.testing.assert_array_equal, end["critics"], params["critics"])
     assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(end["actor"]), jax.tree.leaves(params["actor"])))
+
+
+@pytest.mark.parametrize("algo", [naive_o2o, marvel, jsrl, pex, so2, wsrl, cal], ids=lambda m: m.__name__)
+def test_phase_3_begins_with_arrays_of_full_type(algo, monkeypatch):
+    """After a block all are: if one is weakly typed before, the second block needs a program of its own, which takes a minute to compile."""
+    begun = []
+    monkeypatch.setattr(Log, "run", lambda self, phase, blocks, carry, *_, **__: begun.append(carry) or carry)
+    run, params = a_run(algo, probes.Constant(1, 0.5, 10))
+    algo.online_phase(run, params)
+    weak = [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(begun) if x.aval.weak_type]
+    assert not weak
 
 
 @pytest.mark.parametrize("size, iterations_, capacity", [(1_000_000, 3, 60), (50, 3, 40), (1, 3, 20)])
