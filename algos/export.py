@@ -8,6 +8,7 @@ Input `obs` (n, obs_size) float32, the task's own observation; output `action` (
 may see more of the state, there is a second input `privileged` (n, privileged_size) where they do.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Graph:
 
 
 def model(policy: Policy, onnx):
-    """The ONNX model of a policy's mean action, with env, algo, seed and cost_limit in its metadata."""
+    """The ONNX model of a policy's mean action, with env, algo, seed, cost_limit, env_low and env_high (JSON) in its metadata."""
     graph, helper = Graph(onnx), onnx.helper
     shape = lambda name, size: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", size])
     inputs = [shape("obs", policy.obs_size)]
@@ -93,6 +94,7 @@ def model(policy: Policy, onnx):
     made = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPERATORS)], ir_version=FORMAT)
     made.doc_string = "obs: the task's observation, neither scaled nor normalised; action: the policy's mean action, in [-1, 1]"
     about = {name: str(getattr(policy, name)) for name in ("env", "algo", "seed", "cost_limit")}
+    about |= {name: json.dumps(getattr(policy, name).tolist()) for name in ("env_low", "env_high")}
     helper.set_model_props(made, about)
     return made
 

@@ -43,8 +43,8 @@ class Policy:
 
     Attributes:
       obs_size, action_size: lengths of observation and action.
-      action_low, action_high: (action_size,) float32, -1 and 1. Every task of the suite takes actions in this range, and scales them where
-        a package has another.
+      action_low, action_high: (action_size,) float32, -1 and 1: the range of its actions, which the suite's environments take.
+      env_low, env_high: (action_size,) float32, the range that the environment itself has, for `scaled`.
       env, algo, seed: the task, the algorithm and the seed of the run.
       cost_limit: d, undiscounted cost per episode, that it was trained under; inf: none.
       eval_policy: what the run's evaluations show, "sample" or "mean".
@@ -65,6 +65,8 @@ class Policy:
         self.obs_size, self.action_size = len(self.layers[0][0]), outputs[0] // 2
         self.action_high = np.ones(self.action_size, np.float32)
         self.action_low = -self.action_high
+        bound = lambda name, usual: np.broadcast_to(np.asarray(meta.get(name, usual), np.float32), self.action_size)
+        self.env_low, self.env_high = bound("action_low", self.action_low), bound("action_high", self.action_high)
         self.odometer = bool(config.get("odometer", False))
         self.env, self.algo, self.seed = meta["env"], meta.get("algo", ""), meta.get("seed")
         self.cost_limit, self.eval_policy = float(config.get("cost_limit", np.inf)), config.get("eval_policy", "sample")
@@ -91,6 +93,10 @@ class Policy:
     def sample(self, obs, privileged=None) -> np.ndarray:
         """A draw of the stochastic policy from `rng`; arguments, result and errors as of a call."""
         return self._act(obs, privileged, self._sample)
+
+    def scaled(self, action) -> np.ndarray:
+        """An action of this policy (..., action_size) in the range of the environment itself, as `gymnasium.make` has it."""
+        return (self.env_low + (np.asarray(action, np.float32) + 1) / 2 * (self.env_high - self.env_low)).astype(np.float32)
 
     def _act(self, obs, privileged, act) -> np.ndarray:
         rows = self._rows(obs, self.obs_size, "observation")

@@ -306,6 +306,8 @@ def load_dataset(args, env: envs.Env) -> tuple[envs.Env, dsrl.Dataset, dict[str,
     if args.terminals_are_timeouts:
         loaded = dsrl.as_timeouts(loaded)
     dsrl.check_episodes(loaded, path, env.horizon)
+    inspect.check_rows(path, loaded, env.horizon)
+    inspect.check_about(path, about, env)
     inspect.check_env(loaded, path, env)
     if env.memory_size:
         loaded = remembering(loaded, env)
@@ -331,7 +333,9 @@ def remembering(dataset: dsrl.Dataset, env: envs.Env) -> dsrl.Dataset:
 
 def finish(run: Run, params: dict) -> None:
     """One checkpoint per seed; curves and summary."""
-    run.log.save_seeds([run.log.folder / f"checkpoint-seed{seed}.safetensors" for seed in run.log.seeds], params)
+    low, high = (np.asarray(bound).tolist() for bound in run.env.action_bounds)
+    paths = [run.log.folder / f"checkpoint-seed{seed}.safetensors" for seed in run.log.seeds]
+    run.log.save_seeds(paths, params, {"action_low": low, "action_high": high})
     run.log.close()
 
 

@@ -375,7 +375,7 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
             fits = part.ndim <= 2 if rows else part.size == n
             if not fits and (several or role in ("terminal", "timeout", "done")):  # dsrl.check looks at a single matrix, reward or cost
                 wanted = "a row of numbers" if rows else "one number"
-                error(source, f"{name} has the shape {part.shape}, not {wanted} per transition", "export its columns one by one")
+                error(source, f"{name} has the shape {part.shape}, not {wanted} per transition", "reshape it to one row per transition")
 
     def matrix(role):
         stacked = [part[:, None] if part.ndim == 1 else part for part in (parts[name] for name in columns[role])]
@@ -413,8 +413,10 @@ def read(source: str, options: Options = Options(), env: Any = None) -> tuple[Da
         notes.append(f"{dataset.terminals.sum()} terminals read as time-outs")
         dataset = dsrl.as_timeouts(dataset)
     if not columns["next_obs"]:
+        costs = dataset.costs.sum(dtype=np.float64)
         dataset, dropped = _with_successors(source, dataset)
-        notes.append(f"next observations made from the following rows; {dropped} rows without one dropped")
+        lost = costs - dataset.costs.sum(dtype=np.float64)
+        notes.append(f"next observations made from the following rows; {dropped} rows without one dropped, with a cost of {lost:.6g}")
     return dataset, found.about, notes
 
 
@@ -560,6 +562,12 @@ def main(words: list[str] | None = None) -> None:
     changed = {key: value for key, value in asdict(options).items() if value}
     about = found | {"source": Path(args.source).name} | ({"converted_with": json.dumps(changed)} if changed else {})
     about |= {"env": env.name} if env else {}
+    if options.action_low:  # -1 and 1: they were scaled before
+        bounds = [np.asarray(x, float).tolist() for x in (options.action_low, options.action_high)]
+        if env and np.allclose(np.abs(np.concatenate([np.ravel(x) for x in bounds])), 1):
+            bounds = [np.asarray(x).tolist() for x in env.action_bounds]
+        low, high = bounds
+        about |= {"action_low": low, "action_high": high}
     horizon = env.horizon if env else options.horizon
     dsrl.check_episodes(dataset, args.source, horizon)
     if args.to:
@@ -571,7 +579,7 @@ def main(words: list[str] | None = None) -> None:
         inspect.draw(args.out.with_suffix(".png"), args.out.stem, dataset, args.cost_limit)
     inspect.show(args.to or args.out, dataset, args.cost_limit, notes, horizon)
     if env:
-        inspect.check_name(args.source, found, env)
+        inspect.check_about(args.source, about, env)
         inspect.check_env(dataset, args.source, env)
 
 

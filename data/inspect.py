@@ -8,6 +8,7 @@ normalised has the right shape and trains, but its policy fails in the environme
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -37,11 +38,7 @@ def _spread(x: np.ndarray) -> str:
 
 
 def show(path: str | os.PathLike, dataset: Dataset, cost_limit: float, notes: list[str] | None = None, horizon: int | None = None) -> None:
-    """Prints the summary of the dataset of `path`, with a line for each of `notes`.
-
-    Prints warnings where actions use a small part of [-1, 1], where an episode is longer than the `horizon` (steps until a time-out;
-    None: unknown) and where time-outs come after different numbers of steps.
-    """
+    """Prints the summary of the dataset of `path`, with a line for each of `notes`, and what `check_rows` warns of."""
     found, told = dsrl.episodes(dataset), dsrl.describe(dataset, cost_limit)
     whole, (n, obs) = found.complete, dataset.observations.shape
     terminal = dataset.terminals[found.stop - 1]
@@ -61,10 +58,17 @@ def show(path: str | os.PathLike, dataset: Dataset, cost_limit: float, notes: li
         print(f"  safe (cost at most {cost_limit:g}): none of the trajectories")
     low, high = dataset.actions.min(), dataset.actions.max()
     print(f"  actions in [{low:.3g}, {high:.3g}], costs of a step in [{dataset.costs.min():.3g}, {dataset.costs.max():.3g}]")
-    if max(-low, high) < 0.5:
-        _warn(
-            path, f"actions stay within {max(-low, high):.3g}: if the environment's bounds are that, --action-low and --action-high rescale"
-        )
+    check_rows(path, dataset, horizon)
+
+
+def check_rows(path: str | os.PathLike, dataset: Dataset, horizon: int | None = None) -> None:
+    """Prints warnings where actions use a small part of [-1, 1], where all costs are zero, where an episode is longer than the `horizon`
+    (steps until a time-out; None: unknown), where time-outs come after different numbers of steps, and where a next observation is not
+    that of the next row."""
+    found, extent = dsrl.episodes(dataset), np.abs(dataset.actions).max()
+    timed = found.lengths[found.complete & ~dataset.terminals[found.stop - 1]]
+    if extent < 0.5:
+        _warn(path, f"actions stay within {extent:.3g}: if the environment's bounds are that, --action-low and --action-high rescale")
     if not dataset.costs.any():
         _warn(path, "all costs are zero: if the cost has another name, --cost NAME names it")
     longest = found.lengths.max()
@@ -74,6 +78,13 @@ def show(path: str | os.PathLike, dataset: Dataset, cost_limit: float, notes: li
     if len(timed) and timed.min() < (horizon or timed.max()) - 1:
         where = f"after {timed.min()} to {timed.max()} steps" + (f", the limit is {horizon}" if horizon else "")
         _warn(path, f"time-outs {where}: sums of a short episode are low, and its cost passes for safe; --horizon N cuts at one length")
+    inside = np.setdiff1d(np.arange(len(dataset.rewards) - 1), found.stop - 1)
+    reached, following = dataset.next_observations[inside], dataset.observations[inside + 1]
+    apart = np.abs(reached - following) > 1e-3 * (1 + np.abs(following))
+    share = apart.any(1).mean() if len(inside) else 0.0
+    if share > 0.1:
+        mend = "are the two swapped, or the ends of episodes misplaced?"
+        _warn(path, f"in {share:.0%} of the rows, the next observation is not that of the next row: {mend}")
 
 
 def _warn(path: str | os.PathLike, what: str) -> None:
@@ -205,11 +216,22 @@ def check_env(dataset: Dataset, path: str | os.PathLike, env: Any) -> None:
         _warn(path, f"does not fit {env.name}: {wrong}. Are columns in another order or unit, or normalised?")
 
 
-def check_name(path: str | os.PathLike, about: dict[str, Any], env: Any) -> None:
-    """Prints a warning if the attributes of the dataset of `path` name another task than `env` (`envs.make`)."""
+def check_about(path: str | os.PathLike, about: dict[str, Any], env: Any) -> None:
+    """Prints a warning where the attributes of the dataset of `path` name another task, time limit or range of actions than that of `env`
+    (`envs.make`), or no range where that is not [-1, 1]."""
     named = envs.recorded(str(about.get("env", env.name)))
     if named.rpartition(":")[2] != env.name.rpartition(":")[2]:
         _warn(path, f"says that it is of {named}, not of {env.name}: rewards and costs may be another task's")
+    if about.get("horizon", env.horizon) != env.horizon:
+        _warn(path, f"its episodes were cut off after {about['horizon']} steps, those of {env.name} end after {env.horizon} (--horizon)")
+    told = [about[key] for key in ("action_low", "action_high") if key in about]
+    bounds = [np.broadcast_to(np.asarray(json.loads(x) if isinstance(x, str) else x, np.float64), env.action_size) for x in told]
+    text = lambda low, high: ", ".join(f"[{a:g}, {b:g}]" for a, b in dict.fromkeys(zip(map(float, low), map(float, high))))
+    if len(bounds) == 2 and not np.allclose(bounds, env.action_bounds, rtol=1e-4):
+        _warn(path, f"its actions were scaled from {text(*bounds)}, {env.name} takes {text(*env.action_bounds)}")
+    elif len(bounds) < 2 and not np.allclose(np.abs(env.action_bounds), 1):
+        mend = "python -m data.convert IN OUT --env ENV --action-low LOW --action-high HIGH rescales them (-1 and 1: they are scaled)"
+        _warn(path, f"-1 and 1 among its actions are read as the ends of {text(*env.action_bounds)}; if they are not: {mend}")
 
 
 # ---------------------------------------------------------------- command
@@ -237,7 +259,7 @@ def main(words: list[str] | None = None) -> None:
         draw(args.plot, Path(args.source).stem, dataset, args.cost_limit)
         print(f"  {args.plot}")
     if env:
-        check_name(args.source, about, env)
+        check_about(args.source, about, env)
         check_env(dataset, args.source, env)
         print(f"  compared with {env.name}")
 

@@ -26,6 +26,8 @@ import envs
 from data import dsrl
 from envs.gym import GymEnv
 
+LIMIT = "give the Recorder an environment that ends: Recorder(TimeLimit(env, STEPS), path), TimeLimit of gymnasium.wrappers"
+
 
 class Recorder(gymnasium.Wrapper):
     """An environment that remembers what was done in it, and writes it to one file.
@@ -38,7 +40,7 @@ class Recorder(gymnasium.Wrapper):
     - Actions beyond the space's bounds are clipped before the environment sees them. In the file, these bounds are -1 and 1.
     - `terminated` becomes a terminal, and `truncated` a time-out, unless the step also terminated.
     - Only whole episodes are written: one that nobody finished has a low cost and would pass for safe. So the environment needs a time
-      limit, if it does not always terminate (`gymnasium.wrappers.TimeLimit`).
+      limit, if it does not always terminate (`gymnasium.wrappers.TimeLimit`). `close` warns of what `reset` cut off.
     - A step with a number that no dataset may hold (NaN, a negative cost) is refused at once, and its episode dropped. The whole ones stay.
     - Attributes of the file: `env` (the id, for tasks of this suite their name), `horizon` (steps until truncation, where the id's
       registration says so), `action_low` and `action_high` (per action, in the environment's units).
@@ -56,9 +58,10 @@ class Recorder(gymnasium.Wrapper):
         Raises:
           DatasetError: an environment that cannot be recorded, or a file that cannot be written.
         """
-        if isinstance(env, gymnasium.vector.VectorEnv):
+        single = isinstance(env, gymnasium.Env) and not isinstance(env, gymnasium.vector.VectorEnv)
+        if not single and hasattr(env, "single_action_space"):  # gymnasium 0.29 has two types of vectors
             raise dsrl.DatasetError(f"{env}: a vector of environments; record one environment at a time")
-        if not isinstance(env, gymnasium.Env):
+        if not single:
             raise dsrl.DatasetError(f"{env}: no gymnasium environment; a task of this suite is one as envs.gym_make(NAME)")
         super().__init__(env)
         inner: Any = env
@@ -85,8 +88,11 @@ class Recorder(gymnasium.Wrapper):
         self._obs: np.ndarray | None = None  # to act on; None: no episode is running
         self._saved = 0  # episodes in the file
         self._acted = False
+        self._dropped = [0, 0]  # episodes that reset() cut off, their steps
 
     def reset(self, **kwargs):
+        if self._steps and self._obs is not None:  # else a step failed, which has been told
+            self._dropped = [self._dropped[0] + 1, self._dropped[1] + len(self._steps)]
         self._steps, self._obs = [], None
         obs, info = self.env.reset(**kwargs)
         self._obs = self._checked("the reset's observation", obs, self._size)
@@ -122,6 +128,7 @@ class Recorder(gymnasium.Wrapper):
             episode["timeouts"] = np.zeros(len(self._steps), bool)
             episode["timeouts"][-1] = not terminated
             self._episodes.append(episode)
+            self._steps = []
         else:
             self._obs = following
         self._acted = True  # not by a step that failed: that has been told
@@ -141,18 +148,21 @@ class Recorder(gymnasium.Wrapper):
         return self.path
 
     def close(self) -> None:
-        """Saves the whole episodes that are not saved yet, and closes the environment. Warns if there were steps, but no whole episode."""
+        """Saves the whole episodes that are not saved yet, and closes the environment. Warns if `reset` came before an episode's end."""
         try:
             if len(self._episodes) > self._saved:
                 self.save()
             elif self._acted and not self._episodes:
                 print(f"warning: {self._none()}", file=sys.stderr)
+            if self._dropped[0] and self._episodes:
+                episodes, steps = self._dropped
+                share = f"{episodes} of {episodes + len(self._episodes)} episodes ({steps} steps)"
+                print(f"warning: {self.path}: {share} had not ended at reset() and are left out; {LIMIT}", file=sys.stderr)
         finally:
             super().close()
 
     def _none(self) -> str:
-        limit = "give the Recorder an environment that ends: Recorder(TimeLimit(env, STEPS), path), TimeLimit of gymnasium.wrappers"
-        return f"{self.path}: no episode has ended, and only whole ones are kept; {limit}"
+        return f"{self.path}: no episode has ended, and only whole ones are kept; {LIMIT}"
 
     def _checked(self, what: str, value: Any, size: int = 1, low: float = -np.inf) -> np.ndarray:
         """`value` as (size,) float32; a DatasetError unless it is so many finite numbers, each at least `low`."""

@@ -10,7 +10,7 @@ import jax
 
 from envs import reference, velocity
 from envs.circle import Circle
-from envs.core import Env, EnvState, Readings, Task, Transition
+from envs.core import Env, EnvState, Readings, Task, Transition, UnknownName
 from envs.robots import Ant, Car, Point
 from envs.run import Run
 
@@ -41,10 +41,6 @@ CORES_ENOUGH = {"Point": 16, "HalfCheetah": 4, "Ant": 1}
 # (`python -m envs.deviation --backend warp`). AntRun is faster, too (9,486, measured earlier, and 71,988), and 200 episodes of random
 # actions agree (results/speed/gpu_episodes.csv), but it is not here: whether trained policies fare the same was not compared yet.
 FASTER_ON_WARP = ("SafetyHalfCheetahVelocity",)
-
-
-class UnknownName(ValueError):
-    """No such environment or backend; the message is one line with the known ones."""
 
 
 def resolve(name: str) -> str:
@@ -106,7 +102,7 @@ def make(name: str, backend: str | None = None, privileged: bool = False, memory
     Raises:
       UnknownName: no such environment or backend, it cannot run here, or a horizon for one that has its own. One line.
     """
-    native = {*TASKS, *(task.reference_id for task in TASKS.values())}
+    native = {*TASKS, *(task.reference_id for task in TASKS.values() if task.reference_id)}
     if reference.wanted(name, backend, native):
         from envs.reference.env import make as make_reference
 

@@ -27,7 +27,7 @@ def table() -> list[tuple[str, ...]]:
     for name, task in envs.TASKS.items():
         env = envs.make(name, backend="mujoco")
         sizes = (str(n) for n in (env.obs_size, env.action_size, env.horizon))
-        rows.append((name, task.reference_id, *sizes, ", ".join(envs.BACKENDS), task.cost, dataset(name)))
+        rows.append((name, task.reference_id or "-", *sizes, ", ".join(envs.BACKENDS), task.cost, dataset(name)))
     return rows
 
 

@@ -39,6 +39,10 @@ def on_host(function: Callable, shapes: Any, *args: jax.Array) -> Any:
     return buffer_callback(host, shapes, vmap_method="broadcast_all")(*args)
 
 
+class UnknownName(ValueError):
+    """No such environment or backend, or a task that cannot be made; the message is one line."""
+
+
 class Readings(NamedTuple):
     """What a task may know of the physics at a state, float32, any leading shape."""
 
@@ -62,16 +66,17 @@ class Physics(Protocol):
 
 
 class Task:
-    """A task: subclass it, fill in the constants and the five methods (see run.py and velocity.py).
+    """A task: subclass it, fill in name, horizon and substeps, `model`, `initial`, `observe` and `evaluate` (see run.py and velocity.py).
 
-    All methods but `model` are pure jnp and take any leading shape, except `initial`, which is for one key.
+    All methods but `model` are pure jnp and take any leading shape, except `initial`, which is for one key. What moves must be a MuJoCo
+    model. Any other environment can be used as module:id (README.md, an environment of your own).
     """
 
     name: str
-    reference_id: str  # the id of the same task in Safety-Gymnasium
     horizon: int  # T: steps until truncation
     substeps: int  # physics steps per environment step
-    cost: str  # the cost in words, for listings
+    reference_id: str = ""  # the id of the same task in Safety-Gymnasium, if it has one
+    cost: str = "-"  # the cost in words, for listings
     forward: bool = True  # the reference evaluates sensors at the new state after the substeps
     tracked: str | None = None  # the body that Readings.dbody is about
     reward_scale: float = 0.1  # what learners multiply rewards by: a step of a good policy is then worth about 0.1 to 0.3
@@ -79,7 +84,7 @@ class Task:
     memory_size: int = 0  # numbers that `remember` keeps
 
     def model(self):
-        """The compiled `mujoco.MjModel`."""
+        """The compiled `mujoco.MjModel`, whose actuators have a ctrlrange of -1 to 1, the range of actions."""
         raise NotImplementedError
 
     def initial(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +141,10 @@ class Env:
         self.name, self.horizon, self.reward_scale = task.name, task.horizon, task.reward_scale
         model = task.model()
         self.action_low, self.action_high = model.actuator_ctrlrange.T.astype("float32")
+        if (self.action_low != -1).any() or (self.action_high != 1).any():
+            found = ", ".join(f"[{low:g}, {high:g}]" for low, high in model.actuator_ctrlrange)
+            raise UnknownName(f"{task.name}: ctrlrange of the model's actuators is {found}: make each -1 1, and scale by gear")
+        self.action_bounds = self.action_low, self.action_high
         self.action_size = int(model.nu)
         shapes = Readings(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (model.nq, model.nv, model.nq, model.nsensordata)))
         self.memory_size = task.memory_size if memory else 0

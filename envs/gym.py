@@ -25,7 +25,23 @@ FINAL_OBS = "final_observation" if OLD_GYMNASIUM else "final_obs"
 def _made(name: str, backend: str | None, memory: bool, horizon: int | None):
     """(environment, jitted reset, jitted step): instances share what is compiled."""
     env = envs.make(name, backend, memory=memory, horizon=horizon)
-    return env, jax.jit(env.reset), jax.jit(env.step)
+    return env, _reporting(jax.jit(env.reset), env), _reporting(jax.jit(env.step), env)
+
+
+def _reporting(function, env):
+    """`function`, whose error is the simulator's own where that fails: one line."""
+    if isinstance(env, envs.Env):
+        return function
+
+    def call(*args):
+        try:
+            return jax.block_until_ready(function(*args))
+        except envs.reference.RAISED:
+            if not envs.reference.failures:
+                raise
+            raise envs.reference.failures.pop() from None
+
+    return call
 
 
 def _spaces(env) -> tuple[spaces.Box, spaces.Box]:

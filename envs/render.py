@@ -72,6 +72,8 @@ def check(env: Any, path_trajectory: str | os.PathLike | None, path_video: str |
             suffixed(path, suffixes)
     if path_trajectory or path_video and not reference.own(env.name):
         check_native(env)
+        if env.task.model().nq < 2:
+            raise RenderError(f"no pictures of {env.name}: they need x and y as the first two coordinates of its model")
     if path_video and not reference.own(env.name):
         opengl()
 

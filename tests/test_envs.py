@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,7 +15,9 @@ from scipy import stats
 import envs
 from algos import training
 from data import dsrl
-from envs import core, parity, physics_mujoco
+from envs import __main__ as listing
+from envs import core, parity, physics_mujoco, render
+from envs.render import RenderError
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.npz"))
 RECORDED = {path.name.split("-")[0].rstrip("0"): path for path in RECORDINGS}
@@ -452,6 +455,40 @@ def test_privileged_observations_append_x_where_the_cost_depends_on_it():
         np.testing.assert_array_equal(more_transition.obs[:, 12], x)
     assert np.asarray(transition.truncated).tolist() == [True, False, False]
     assert np.asarray(more_transition.next_obs != more_transition.obs)[:, 12].tolist() == [True, False, False]
+
+
+def test_a_task_needs_no_twin_but_actuators_of_the_range_of_actions(monkeypatch, capsys):
+    """As a user writes one: without Safety-Gymnasium's id and without the cost in words."""
+
+    class Slide(envs.Task):
+        name, horizon, substeps = "MySlide", 10, 1
+        initial = staticmethod(lambda key: (jax.random.uniform(key, (1,)), jnp.zeros(1)))
+        observe = staticmethod(lambda r: jnp.concatenate([r.qpos, r.qvel], -1))
+        evaluate = staticmethod(lambda r, action: (r.dqpos[..., 0], jnp.float32(r.qvel[..., 0] > 1), r.qpos[..., 0] > 9))
+
+        def __init__(self, ctrlrange):
+            self.ctrlrange = ctrlrange
+
+        def model(self):
+            body = '<body><joint name="x" type="slide" axis="1 0 0"/><geom size="0.1" mass="1"/></body>'
+            motor = f'<motor joint="x" gear="2" ctrlrange="{self.ctrlrange}" ctrllimited="true"/>'
+            return mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{body}</worldbody><actuator>{motor}</actuator></mujoco>")
+
+    monkeypatch.setitem(envs.TASKS, "MySlide", Slide("-1 1"))
+    env = envs.make("MySlide", "mujoco")
+    state, obs = env.reset(jax.random.split(jax.random.key(0), 3))
+    _, transition = env.step(state, jnp.ones((3, 1)))
+    assert (transition.next_obs[:, 1] > 0).all() and obs.shape == (3, 2)
+    assert envs.make("SafetyAntRun0-v0", "mujoco").name == "SafetyAntRun"
+    with pytest.raises(RenderError, match="no pictures of MySlide: they need x and y"):
+        render.check(env, "a.png", None)
+    listing.main([])
+    assert "MySlide" in capsys.readouterr().out
+    monkeypatch.setitem(envs.TASKS, "MySlide", Slide("-2 2"))
+    with pytest.raises(
+        envs.UnknownName, match=r"MySlide: ctrlrange of the model's actuators is \[-2, 2\]: make each -1 1, and scale by gear"
+    ):
+        envs.make("MySlide", "mujoco")
 
 
 def test_the_odometer_is_the_sideways_way_by_hand():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import algos
 import envs
 from algos import logbook, training
 from data import collect, convert, dsrl, inspect
@@ -202,6 +203,15 @@ def test_gym_make_takes_it(point):
     assert obs in single.observation_space and not terminated and not truncated and info == {"cost": 0.0}
 
 
+def test_gym_make_tells_a_simulator_s_failure_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = envs.gym_make(write(tmp_path, STEP + 'np.float32(action), 1 / int(action[0] != 0.25), False, False, {"cost": 0}', limit=50))
+    env.reset(seed=0)
+    env.step(np.full(2, 0.5))
+    with pytest.raises(WorkerError, match=r"^plain:Plain-v0: a simulator failed: ZeroDivisionError: .*\(plain.py, line \d+, in step\)"):
+        env.step(np.full(2, 0.25))
+
+
 # What is wrong with it is said in one line, at once
 
 
@@ -239,6 +249,12 @@ STEP = "def step(self, action):\n    return "
         (
             "def reset(self, **options):\n    return np.random.normal(size=2), {}",
             r"other numbers each time: its reset\(\) must call super\(\)",
+        ),
+        (
+            "state = np.zeros(2)\ndef reset(self, *, seed=None, options=None):\n    gymnasium.Env.reset(self, seed=seed)\n"
+            "    self.state[:] = self.np_random.normal(size=2)\n    return self.state.copy(), {}\n"
+            'def step(self, action):\n    self.state += action\n    return self.state.copy(), 0.0, False, False, {"cost": 0}',
+            "two of it at once disturb each other: it must keep all that steps change in self",
         ),
         ("def __init__(self):\n    raise OSError('no\\nlicence')", r"OSError: no licence \(plain.py, line \d+, in __init__\)"),
     ],
@@ -448,6 +464,8 @@ def test_every_algorithm_trains_on_it(algo, options, tmp_path):
     last = [row for row in rows(tmp_path, algo) if row["event"] == "eval"][-1]
     assert last["env"] == OWN and np.isfinite(float(last["return"])) and float(last["length"]) <= 100
     (checkpoint,) = (tmp_path / "runs" / "own_env" / "OwnPoint-v0" / algo).glob("*/checkpoint-seed0.safetensors")
+    policy = algos.load_policy(checkpoint)
+    np.testing.assert_array_equal(policy.scaled(np.float32([[-1, 0], [0.5, 1]])), [[-2, 0], [1, 2]])  # own_env's forces
     shown = run(tmp_path, algo, f"--eval {checkpoint} --episodes 2 --horizon 10 --video film.gif")
     assert shown.returncode == 0 and f"{OWN}: 2 episodes" in shown.stdout and "length 10" in shown.stdout, shown.stderr
     assert (tmp_path / "film.gif").exists()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import h5py
 import numpy as np
 import own_env
 import pytest
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 import envs
-from data import dsrl, inspect
+from data import convert, dsrl, inspect
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -311,6 +312,54 @@ def test_a_recording_without_a_whole_episode_says_so(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("warning: ") and "no episode has ended" in said and len(said.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_episodes_that_reset_cuts_off_are_told(tmp_path, capsys):
+    """The last one, which nobody reset, is none of them."""
+    env = envs.Recorder(Counter(end=5), tmp_path / "c.hdf5")
+    for steps in (5, 3, 5, 2):
+        walk(env, steps)
+    env.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "c.hdf5: 1 of 3 episodes (3 steps) had not ended at reset() and are left out; give the Recorder" in line
+    assert dsrl.load(tmp_path / "c.hdf5")[0].rewards.shape == (10,)
+
+
+def warned(capsys, dataset, about, env):
+    inspect.check_rows("f", dataset, env.horizon)
+    inspect.check_about("f", about, env)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_other_limits_ranges_and_orders_of_rows_are_warned_of(own, capsys):
+    dataset, about = dsrl.load(own)
+    env = envs.make("own_env:OwnPoint-v0")
+    assert warned(capsys, dataset, about, env) == []
+    (line,) = warned(capsys, dataset, about, envs.make("own_env:OwnPoint-v0", horizon=150))[-1:]
+    assert "its episodes were cut off after 100 steps, those of own_env:OwnPoint-v0 end after 150 (--horizon)" in line
+    (line,) = warned(capsys, dataset, about | {"action_low": "[0.0, -2.0]"}, env)
+    assert "its actions were scaled from [0, 2], [-2, 2], own_env:OwnPoint-v0 takes [-2, 2]" in line
+    (line,) = warned(capsys, dataset, {}, env)
+    assert "-1 and 1 among its actions are read as the ends of [-2, 2]; if they are not: python -m data.convert" in line
+    swapped = dataset._replace(observations=dataset.next_observations, next_observations=dataset.observations)
+    (line,) = warned(capsys, swapped, about, env)
+    assert "of the rows, the next observation is not that of the next row: are the two swapped" in line
+
+
+@pytest.mark.parametrize("bounds, recorded", [("-2 2", [-2, 2]), ("-1 1", [-2, 2])])
+def test_a_converted_file_says_which_range_its_actions_had(own, bounds, recorded, tmp_path, monkeypatch, capsys):
+    """-1 and 1 say that the actions were scaled before: the environment's range is then the file's."""
+    monkeypatch.chdir(ROOT / "tests")
+    low, high = bounds.split()
+    with h5py.File(own) as old, h5py.File(tmp_path / "raw.hdf5", "w") as new:
+        for name in old:
+            new[name] = old[name][()] * (float(high) if name == "actions" else 1)
+    words = [tmp_path / "raw.hdf5", tmp_path / "out.hdf5", "--env", "own_env:OwnPoint-v0", "--action-low", low, "--action-high", high]
+    convert.main(list(map(str, words)))
+    assert "actions" not in capsys.readouterr().err
+    found, about = dsrl.load(tmp_path / "out.hdf5")
+    np.testing.assert_allclose(found.actions, dsrl.load(own)[0].actions, atol=1e-6)
+    assert [np.unique(json.loads(about[f"action_{side}"])) for side in ("low", "high")] == recorded
 
 
 def test_an_attribute_of_the_user_s_environment_costs_no_column(tmp_path):

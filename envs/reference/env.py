@@ -51,6 +51,7 @@ class ReferenceEnv:
         self.reward_scale = envs.TASKS[name].reward_scale if name in envs.TASKS else known
         self.action_high = np.ones(self.action_size, np.float32)
         self.action_low = -self.action_high
+        self.action_bounds: tuple[np.ndarray, np.ndarray] = pool.about["action_bounds"]  # in the package's units
 
     def reset(self, key: jax.Array) -> tuple[HistoryState, jax.Array]:
         """Starts an episode per key: key (...,) typed, or (..., 2) raw uint32."""

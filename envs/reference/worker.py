@@ -224,15 +224,19 @@ class Worker:
         self.middle, self.half = (action.high + action.low) / 2, (action.high - action.low) / 2
         horizon = getattr(self.simulators[0], "limit", None) or env.spec.max_episode_steps
         rate = env.metadata.get("render_fps") or 30
-        return {"obs_size": obs.shape[0], "action_size": action.shape[0], "horizon": horizon, "frame_rate": float(rate)}
+        sizes = {"obs_size": obs.shape[0], "action_size": action.shape[0], "horizon": horizon, "frame_rate": float(rate)}
+        return sizes | {"action_bounds": (np.asarray(action.low, np.float32), np.asarray(action.high, np.float32))}
 
     def check(self) -> None:
         """Unusable unless the first steps of an episode can be had again, from its seed and actions, here and in another simulator."""
         actions = np.random.default_rng(0).uniform(-1, 1, (3, *self.half.shape)).astype(np.float32)
 
-        def episode(simulator):
+        def episode(simulator, beside=None):
             out = [simulator.reset(0)]
             for action in actions:
+                if beside is not None:
+                    beside.reset(1)
+                    beside.step(self._scaled(-action))
                 obs, *rest = simulator.step(self._scaled(action))
                 out += [obs, np.asarray(rest, np.float64)]
                 if rest[2] or rest[3]:
@@ -245,6 +249,8 @@ class Worker:
                 "the same seed and actions give other numbers each time: its reset() must call super().reset(seed=seed), set all that "
                 "steps change, and random numbers must come from self.np_random"
             )
+        if not np.array_equal(first, episode(self._simulator(0), self._simulator(1))):
+            raise Unusable("two of it at once disturb each other: it must keep all that steps change in self, not in its class or module")
 
     def film(self, seed: int, actions: np.ndarray, shown: set[int]) -> list[np.ndarray]:
         """The environment's own pictures (height, width, 3), uint8, after the steps numbered `shown`, from 0, of an episode."""
