@@ -278,7 +278,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     refused("plane:Plain-v0", "no module 'plane' in .*Did you mean plain")
     refused("plain:Plane-v0", "unknown environment 'plain:Plane-v0' of gymnasium. Its nearest: plain:Plain-v0$")
     refused(":Plain-v0", "no module before the colon")
-    for path in ("./plain", "../plain", "/somewhere/plain.py", ".plain"):
+    for path in ("./plain", "../plain", "/somewhere/plain.py", ".plain", "plain.py"):
         refused(f"{path}:Plain-v0", f"'{path}' is a path: name the module as import does, plain, in its folder or with")
     refused("gym:Pendulum-v2", "unknown environment 'gym:Pendulum-v2' of gymnasium. Its nearest: gym:Pendulum-v1.*named module:id")
     refused("gym:Pendulum-v1", r'PendulumEnv.step\(\) gives no info\["cost"\]')

@@ -177,7 +177,7 @@ def _import(module: str) -> None:
     """Imports the module of an environment's name; Unusable with the nearest modules if there is none."""
     if not module:
         raise Unusable("no module before the colon: name the one that registers the environment, or gym")
-    if module.startswith(".") or "/" in module or os.sep in module:
+    if module.startswith(".") or module.endswith(".py") or "/" in module or os.sep in module:
         name = os.path.basename(module).removesuffix(".py").lstrip(".")
         raise Unusable(f"{module!r} is a path: name the module as import does, {name}, in its folder or with that on PYTHONPATH")
     try:
