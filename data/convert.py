@@ -579,7 +579,7 @@ def main(words: list[str] | None = None) -> None:
         inspect.draw(args.out.with_suffix(".png"), args.out.stem, dataset, args.cost_limit)
     inspect.show(args.to or args.out, dataset, args.cost_limit, notes, horizon)
     if env:
-        inspect.check_about(args.source, about, env)
+        inspect.check_about(args.source, about | ({"env": found["env"]} if "env" in found else {}), env)
         inspect.check_env(dataset, args.source, env)
 
 

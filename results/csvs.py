@@ -81,10 +81,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            raise BadInput(f"{line.strip()} ({error}): close it") from None
+        line = line.split("#")[0].strip()
+        if line.startswith("-") and "=" in line.split()[0]:  # --flag=VALUE, with all that follows
+            return [line]
+        return split(line)
 
     def error(self, message: str):
         raise BadInput(message)

@@ -215,6 +215,8 @@ def test_the_model_acts_as_the_policy_does(module, changes, tmp_path):
         "algo": policy.algo,
         "seed": "0",
         "cost_limit": "20.0",
+        "env_low": "[-1.0, -1.0]",
+        "env_high": "[1.0, 1.0]",
     }
     session = onnx.reference.ReferenceEvaluator(model)
     for n in (1, 50):  # the number of rows is free
