@@ -7,7 +7,7 @@ Source: the baseline of Marvel (arXiv 2412.04426) that shows what value pre-alig
     offline: CPQ, as tabulated in cpq.py (--offline: another algorithm)                        finetuning.pretrain
     online: y_r = r + gamma (1-term.) (min_i Q'_i(s',a') + alpha h), h = -log pi(a'|s')        critic_loss
             y_c = c + gamma (1-term.) Qc'(s',a')                                               critic_loss
-            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - k KL(pi(.|s) | pi_0(.|s)) actor_loss
+            maximise min_i Q_i(s,a) - lambda Qc(s,a) + alpha h(s,a) - w_a KL(pi(.|s) | pi_0(.|s)) actor_loss
             lambda from the mean cost of the newest episodes                                   lagrangian.update_multiplier
 
 Units: critics see reward * reward_scale and raw cost, so lambda counts scaled reward per unit of cost: one unit of cost

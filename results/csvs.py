@@ -371,7 +371,7 @@ def tried(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 2):
-        bad = [c for c in TRIED if not row.get(c) and c in TRIED_KEY or row.get(c) is None]
+        bad = [c for c in TRIED if row.get(c) is None or c in ("algo", "env", "seeds") and not row[c]]
         bad += [c for c in TRIED_NUMBERS if row.get(c) and not NUMBER.fullmatch(row[c])]
         if bad or None in row:
             what = f"column {bad[0]}" if bad else "number of fields"

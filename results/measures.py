@@ -262,7 +262,7 @@ def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], other_tasks: bool = 
     if other_tasks:
         if len(tasks) < 2:
             return mean, math.nan, math.nan
-        # Student's t: probabilities are not skewed as costs are, and from five of them the bootstrap-t is twice as wide.
+        # Student's t: probabilities are bounded and not skewed as costs are, and the bootstrap-t is much wider for so few.
         reach = scipy.stats.t.ppf(0.975, len(tasks) - 1) * _standard_error(np.array([p for p, _, _ in found]))
         low, high = max(0.0, min(low, mean - reach)), min(1.0, max(high, mean + reach))
     return mean, low, high

@@ -853,6 +853,8 @@ def test_the_papers_own_configuration_is_a_table_of_its_own(tmp_path):
 
 def test_a_row_says_how_many_settings_were_tried(tmp_path):
     csvs.write(make_run("marvel"), tmp_path)
+    (tmp_path / "tried.csv").write_text(f"{','.join(csvs.TRIED)}\nmarvel,{ENV},,0-9,1,,,,,,,,0,1,c\n")  # the defaults, measured nothing
+    assert csvs.tries(tmp_path) == {("marvel", ENV): 1}
     rest = "--reserve 0,0-9,0.9,700"
     tried = [f"{algo},{env},{rest},{i},,,,,,0,1,c" for i, (algo, env) in enumerate(zip(("marvel",) * 3 + ("cpq",), (ENV, ENV, "X", ENV)))]
     (tmp_path / "tried.csv").write_text("\n".join([",".join(csvs.TRIED), *tried, ""]))
